@@ -1,0 +1,133 @@
+"""Launch a planned run and show how it goes: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from typing import Any
+
+import click
+
+from launcher.errors import ExitCode
+from launcher.launch.local import launch
+from launcher.plan.types import Plan
+from launcher.render.text import duration, entry, progress_text
+from launcher.render.torchrun import launch_environment
+from launcher.runs.directory import RunDirectory, read_lines
+from launcher.runs.failures import Failure
+
+PLAIN_INTERVAL_SECONDS = 5.0
+LIVE_INTERVAL_SECONDS = 0.25
+
+
+class Progress:
+    """Shows a run's state on standard error."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.live = sys.stderr.isatty()
+        self.started = time.monotonic()
+        self.shown = ""
+        self.next_time = 0.0
+
+    def poll(self) -> None:
+        """Show what is new, now and then; a change of stage at once."""
+        now = time.monotonic()
+        if now < self.next_time:
+            return
+        self.next_time = now + LIVE_INTERVAL_SECONDS
+        text = progress_text(self.run.read_status(), self.run.read_metrics())
+        if self.live:
+            width = shutil.get_terminal_size((100, 24)).columns - 1
+            line = f"{duration(now - self.started):>6}  {text}"[:width]
+            click.echo(f"\r{line:<{width}}", nl=False, err=True)
+        elif text != self.shown:
+            click.echo(f"{duration(now - self.started):>6}  {text}", err=True)
+            self.next_time = now + PLAIN_INTERVAL_SECONDS
+        self.shown = text
+
+    def close(self) -> None:
+        """Leave the live line."""
+        if self.live:
+            click.echo("", err=True)
+
+
+def follow(
+    plan: Plan, run: RunDirectory, output: str, cpu_count: int, as_json: bool
+) -> ExitCode:
+    """Launch, show, and say how it ended."""
+    progress = Progress(run)
+    click.echo("", err=True)
+    try:
+        code, failure = launch(
+            plan, run, launch_environment(plan.topology, cpu_count), progress.poll
+        )
+    except KeyboardInterrupt:
+        progress.close()
+        run.update_status(state="failed", error={"message": "interrupted"})
+        click.echo(f"interrupted: all ranks were stopped; logs are in {output}/logs", err=True)
+        return ExitCode.RUN_FAILED
+    progress.close()
+    if as_json:
+        click.echo(json.dumps(run.read_status()))
+    if failure is not None:
+        _show_failure(failure, output)
+    elif not as_json:
+        _show_result(plan, run, output)
+    return code
+
+
+def _show_failure(failure: Failure, output: str) -> None:
+    rank = f"rank {failure.rank} failed first: " if failure.rank is not None else ""
+    click.secho("error: ", fg="red", nl=False, err=True)
+    click.echo(f"{rank}{failure.error}", err=True)
+    if failure.cause:
+        click.echo(f"  probable cause: {failure.cause}", err=True)
+        click.echo(f"  fix: {failure.fix}", err=True)
+    if failure.secondary:
+        ranks = ", ".join(map(str, failure.secondary))
+        click.echo(f"  because of it, too: rank {ranks}", err=True)
+    click.echo(f"  full log: {output}/{failure.log}", err=True)
+
+
+def _show_result(plan: Plan, run: RunDirectory, output: str) -> None:
+    width = shutil.get_terminal_size((100, 24)).columns
+    for label, text in _result(plan, run, output):
+        for line in entry(label, text, width):
+            click.echo(line)
+
+
+def _result(plan: Plan, run: RunDirectory, output: str) -> list[tuple[str, str]]:
+    metrics = run.read_metrics()
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    found: list[tuple[str, str]] = []
+    if losses:
+        found.append(("loss", f"{losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last"))
+    held = [m for m in metrics if "exact_match" in m]
+    if held:
+        before, after = held[0], held[-1]
+        found.append(
+            (
+                "held out",
+                f"exact match {before['exact_match']:.1%} before, {after['exact_match']:.1%} "
+                f"after ({after['held_out_rows']} rows; {after['stopped']:.1%} of the answers "
+                "stopped by themselves)",
+            )
+        )
+    found += [("sample", text) for text in _samples(run)]
+    what = "adapter" if plan.worker.peft is not None else "model"
+    found.append((what, f"{output}/final"))
+    found.append(("ask it", f'sftlaunch generate {output} --prompt "..."'))
+    return found
+
+
+def _samples(run: RunDirectory) -> list[str]:
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for sample in read_lines(run.samples):
+        answers.setdefault(sample["prompt"], []).append(sample)
+    return [
+        f"{prompt} -> {found[0]['answer']!r} before, {found[-1]['answer']!r} after"
+        for prompt, found in answers.items()
+    ]

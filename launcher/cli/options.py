@@ -1,0 +1,176 @@
+"""The options that `run` and `plan` share, and their way into spec overrides.
+
+One table: flag -> key of the spec. Past `Request` nothing knows Click.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from launcher.assets import asset
+from launcher.errors import SpecError
+from launcher.spec.load import LoadedSpec, Override, load_spec, parse_set
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1", "hsdp")
+METHODS = ("full", "lora", "qlora", "dora", "rslora", "prefix_tuning", "prompt_tuning", "ia3")
+BUILT_IN_RECIPE = "tiny"
+DEFAULT_SPEC = "sft.yaml"
+
+
+class MicroBatch(click.ParamType):
+    """A positive integer, or `auto`."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Check the value."""
+        if value == "auto" or (isinstance(value, int) and value > 0):
+            return value
+        if str(value).isdecimal() and int(value) > 0:
+            return int(value)
+        return self.fail(f"{value!r} is neither a positive number nor auto.", param, ctx)
+
+
+POSITIVE = click.IntRange(min=1)
+# Flag, key of the spec, Click type, metavar, help.
+OPTIONS: tuple[tuple[str, str, Any, str | None, str], ...] = (
+    ("--gpus", "hardware.gpus", POSITIVE, "N", "GPUs in total (ranks with --device cpu)."),
+    ("--nodes", "hardware.nodes", POSITIVE, "N", "Nodes that they stand in."),
+    ("--gpus-per-node", "hardware.gpus_per_node", POSITIVE, "N", "GPUs of each node."),
+    ("--gpu", "hardware.gpu", str, "NAME", "Plan for this GPU, such as h100-80gb."),
+    ("--strategy", "strategy", click.Choice(STRATEGIES), None, "How the run is distributed."),
+    (
+        "--offload",
+        "offload",
+        click.Choice(("none", "optimizer", "all")),
+        None,
+        "What waits in host memory.",
+    ),
+    ("--model", "model", str, "PATH", "Base model: a folder or a Hub name."),
+    ("--dataset", "dataset", str, "PATH", "Training rows: a file, a folder or a Hub name."),
+    ("--method", "method", click.Choice(METHODS), None, "What is trained."),
+    (
+        "--global-batch-size",
+        "batch.global_batch_size",
+        POSITIVE,
+        "N",
+        "Sequences per optimizer step, over all GPUs.",
+    ),
+    (
+        "--micro-batch-size",
+        "batch.micro_batch_size",
+        MicroBatch(),
+        None,
+        "Sequences per GPU per forward.",
+    ),
+    ("--output", "output", str, "DIR", "The run directory."),
+    ("--device", "hardware.device", click.Choice(("cuda", "cpu")), None, "cuda, or cpu to rehearse."),
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line."""
+
+    spec: str | None
+    overrides: tuple[Override, ...]
+    target: str
+    resume: str
+    json: bool
+
+    @property
+    def output_said(self) -> bool:
+        """Whether the output folder came from a flag."""
+        return any(override.key == "output" for override in self.overrides)
+
+
+def plan_options(command: Command) -> Command:
+    """Add SPEC and the shared options."""
+    decorators: list[Any] = [
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Set any key of the spec, such as training.seed=1.",
+        ),
+        click.option(
+            "--resume",
+            default="never",
+            show_default=True,
+            metavar="auto|never|PATH",
+            help="Go on with an earlier run.",
+        ),
+        click.option(
+            "--on",
+            "target",
+            type=click.Choice(("local", "slurm", "docker")),
+            default="local",
+            show_default=True,
+            help="Where it runs.",
+        ),
+        *(
+            click.option(flag, _parameter_name(key), type=kind, metavar=metavar, help=text)
+            for flag, key, kind, metavar, text in reversed(OPTIONS)
+        ),
+        click.argument("spec_path", required=False, metavar="[SPEC]"),
+    ]
+    for decorator in decorators:
+        command = decorator(command)
+    return command
+
+
+def make_request(arguments: dict[str, Any]) -> Request:
+    """Click's values as one value object; `--set` wins over the other flags."""
+    overrides = []
+    for flag, key, *_ in OPTIONS:
+        value = arguments[_parameter_name(key)]
+        if value is not None:
+            overrides.append(Override(key=key, value=value, flag=f"{flag} {value}"))
+    overrides += _implied(overrides)
+    overrides += [parse_set(text) for text in arguments["settings"]]
+    return Request(
+        spec=arguments["spec_path"],
+        overrides=tuple(overrides),
+        target=arguments["target"],
+        resume=arguments["resume"],
+        json=arguments["as_json"],
+    )
+
+
+def _implied(overrides: list[Override]) -> list[Override]:
+    """A flag for the total asks for another layout than the file's: that one is dropped."""
+    keys = {override.key for override in overrides}
+    if "hardware.gpus" in keys and "hardware.gpus_per_node" not in keys:
+        return [Override(key="hardware.gpus_per_node", value=None, flag="--gpus")]
+    return []
+
+
+def _parameter_name(key: str) -> str:
+    return key.replace(".", "_")
+
+
+def load_request(request: Request) -> tuple[LoadedSpec, str | None]:
+    """The spec that was asked for, and the recipe's name where nothing was.
+
+    Raises:
+        SpecError: where the file or a value is wrong.
+    """
+    if request.spec is not None:
+        return load_spec(Path(request.spec), request.overrides, request.spec), None
+    if Path(DEFAULT_SPEC).is_file():
+        return load_spec(Path(DEFAULT_SPEC), request.overrides, DEFAULT_SPEC), None
+    recipe = asset("recipes", BUILT_IN_RECIPE, DEFAULT_SPEC)
+    if not recipe.is_file():
+        raise SpecError(
+            "spec_not_found", "no spec was given and there is no ./sft.yaml", fix="sftlaunch init"
+        )
+    origin = f"recipe {BUILT_IN_RECIPE}"
+    return load_spec(recipe, request.overrides, origin), BUILT_IN_RECIPE

@@ -1,0 +1,61 @@
+"""Everything that a plan needs to know about the world, gathered once, before any decision."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from launcher.facts.catalogue import GpuSpec, find_gpu, match_gpu
+from launcher.facts.dataset import DatasetFacts, probe_dataset
+from launcher.facts.gpus import Gpu, probe_gpus
+from launcher.facts.model import ModelFacts, probe_model
+from launcher.spec.schema import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is there."""
+
+    gpus: tuple[Gpu, ...]
+    """GPUs of this machine."""
+
+    gpu: GpuSpec | None
+    """GPU that is planned for: the one named, else the one that is here."""
+
+    model: ModelFacts | None
+    """None for a Hub model that is not in the cache."""
+
+    dataset: DatasetFacts | None
+    """None without a dataset, or for one on the Hub."""
+
+    held_out: DatasetFacts | None
+    """The file of held-out rows, where one is named."""
+
+    cpu_count: int
+    """Processors that this process may use."""
+
+
+def probe(spec: Spec) -> Facts:
+    """Look at GPUs, model, dataset and processors.
+
+    Raises:
+        SpecError: for a model or dataset that is named and unusable.
+    """
+    gpus = probe_gpus()
+    data = spec.dataset
+    return Facts(
+        gpus=gpus,
+        gpu=_planned_gpu(spec, gpus),
+        model=probe_model(spec.model.path, spec.model.revision),
+        dataset=probe_dataset(data.path, data.columns) if data else None,
+        held_out=probe_dataset(data.eval_path, data.columns) if data and data.eval_path else None,
+        cpu_count=len(os.sched_getaffinity(0)),
+    )
+
+
+def _planned_gpu(spec: Spec, gpus: tuple[Gpu, ...]) -> GpuSpec | None:
+    if spec.hardware.gpu:
+        return find_gpu(spec.hardware.gpu)
+    if spec.hardware.device == "cpu" or not gpus:
+        return None
+    return match_gpu(gpus[0].name)

@@ -1,0 +1,1 @@
+"""Reads runs: where they stand and what they printed. Changes nothing."""

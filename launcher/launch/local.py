@@ -1,0 +1,166 @@
+"""Ranks on this machine: started under torchrun, watched, stopped, and never left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from launcher.errors import EnvironmentNotReady, ExitCode
+from launcher.plan.types import Plan
+from launcher.runs.directory import RunDirectory
+from launcher.runs.failures import Failure, find_failure
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 30.0
+
+
+def check_environment(plan: Plan, present_gpus: int) -> None:
+    """Refuse what this machine cannot start.
+
+    Raises:
+        EnvironmentNotReady: too few GPUs, several nodes, or no training packages.
+    """
+    topology = plan.topology
+    if topology.nodes > 1:
+        raise EnvironmentNotReady(
+            "several_nodes",
+            f"{topology.nodes} nodes cannot be started from here",
+            fix="use --on slurm, or --dry-run and run command.sh on each node",
+        )
+    if topology.device == "cuda" and topology.gpus > present_gpus:
+        have = f"only {present_gpus}" if present_gpus else "none"
+        raise EnvironmentNotReady(
+            "no_gpus",
+            f"{topology.gpus} GPUs were asked for, there are {have} here",
+            fix="use --dry-run to plan for other hardware, --on slurm to run elsewhere, "
+            "or --device cpu to rehearse here",
+        )
+    _check_packages(plan)
+
+
+def _check_packages(plan: Plan) -> None:
+    from importlib.util import find_spec  # noqa: PLC0415 - only a run pays for it
+
+    needed = ["torch", "transformers", "trl", "accelerate", "datasets"]
+    if plan.worker.peft is not None:
+        needed.append("peft")
+    if plan.worker.model["quantization"] is not None:
+        needed.append("bitsandbytes")
+    if plan.strategy.startswith("zero"):
+        needed.append("deepspeed")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise EnvironmentNotReady(
+            "packages",
+            f"not installed: {', '.join(missing)}",
+            fix="pip install 'sftlaunch[train]'",
+        )
+
+
+def launch(
+    plan: Plan,
+    run: RunDirectory,
+    environment: Mapping[str, str],
+    on_poll: Callable[[], None],
+) -> tuple[ExitCode, Failure | None]:
+    """Run the plan's command to its end.
+
+    Args:
+        plan: with its command.
+        run: whose files are written.
+        environment: added to this process's own.
+        on_poll: called about ten times a second.
+
+    Returns:
+        DONE, RUN_FAILED with the first failing rank's error, or PREEMPTED.
+    """
+    attempt = int(run.read_status().get("attempt") or 0) + 1
+    run.logs(attempt).mkdir(parents=True, exist_ok=True)
+    run.update_status(state="running", attempt=attempt, stage="starting", error=None)
+    with run.launcher_log(attempt).open("ab") as log:
+        process = subprocess.Popen(
+            _argv(plan),
+            env={
+                **os.environ,
+                **environment,
+                "SFTLAUNCH_ATTEMPT": str(attempt),
+                # Ranks import this very package, also from a checkout.
+                "PYTHONPATH": _python_path(),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        code = _watch(process, on_poll)
+    on_poll()
+    return _outcome(run, attempt, code)
+
+
+def _argv(plan: Plan) -> list[str]:
+    """The planned command with the torchrun of this very Python."""
+    beside = Path(sys.executable).with_name("torchrun")
+    program = str(beside) if beside.is_file() else plan.command[0]
+    return [program, *plan.command[1:]]
+
+
+def _python_path() -> str:
+    package_parent = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join(part for part in (package_parent, inherited) if part)
+
+
+def _watch(process: subprocess.Popen[bytes], on_poll: Callable[[], None]) -> int:
+    """Wait; on the first Ctrl-C ask all ranks to stop, on the second end them."""
+    try:
+        while (code := process.poll()) is None:
+            on_poll()
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        stop(process)
+        raise
+    finally:
+        _end_group(process)
+    return code
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the group to stop, and end it where it does not within the grace time."""
+    _signal_group(process, signal.SIGTERM)
+    try:
+        process.wait(GRACE_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """No process of the run outlives it."""
+    _signal_group(process, signal.SIGKILL)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def _outcome(run: RunDirectory, attempt: int, code: int) -> tuple[ExitCode, Failure | None]:
+    """What happened, by what the ranks recorded; torchrun's exit code is only a hint."""
+    state = run.read_status().get("state")
+    if code == 0 and state == "completed":
+        return ExitCode.DONE, None
+    if state == "preempted":
+        return ExitCode.PREEMPTED, None
+    detail = f"torchrun was ended by signal {-code}" if code < 0 else f"torchrun exited {code}"
+    if code == 0:
+        detail = "the ranks ended before the run was complete"
+    failure = find_failure(run, attempt, detail)
+    run.update_status(state="failed", error=failure.as_json())
+    return ExitCode.RUN_FAILED, failure

@@ -1,0 +1,1 @@
+"""Plan -> text and argv, pure: no folder is made, no clock read, nothing probed."""

@@ -1,0 +1,62 @@
+"""Every file that a run writes before it starts, as name -> text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher import __version__
+from launcher.plan.engine import RUN_DIRECTORY
+from launcher.plan.make import Planned, spec_as_mapping
+from launcher.plan.types import Plan
+from launcher.render.torchrun import command_script, launch_environment, torchrun_argv
+
+
+def with_files(planned: Planned, run_directory: str, cpu_count: int) -> Plan:
+    """The plan with its command and all files.
+
+    Args:
+        planned: what was decided.
+        run_directory: absolute path of the run.
+        cpu_count: processors of a node, for the ranks' thread counts.
+    """
+    plan = planned.plan
+    argv = torchrun_argv(plan.topology, run_directory, Path(run_directory).name)
+    environment = launch_environment(plan.topology, cpu_count)
+    files = {
+        "accelerate.yaml": _yaml(planned.engine.accelerate, run_directory),
+        "command.sh": command_script(argv, environment, plan.topology),
+        "spec.yaml": f"# Resolved by sftlaunch {__version__}: every value is explicit.\n"
+        + _yaml(spec_as_mapping(planned.spec), run_directory),
+    }
+    if planned.engine.deepspeed is not None:
+        files["deepspeed.json"] = json.dumps(planned.engine.deepspeed, indent=2) + "\n"
+    return dataclasses.replace(plan, command=argv, files=files)
+
+
+def run_files(plan: Plan) -> dict[str, str]:
+    """The files with plan.json, which lists the others and so cannot list itself."""
+    return {**plan.files, "plan.json": json.dumps(plan.as_json(), indent=1) + "\n"}
+
+
+def _yaml(values: Mapping[str, Any], run_directory: str) -> str:
+    text: str = yaml.safe_dump(
+        _replaced(values, run_directory), sort_keys=False, allow_unicode=True, width=1000
+    )
+    return text
+
+
+def _replaced(value: Any, run_directory: str) -> Any:
+    """The run directory in place of its placeholder, at any depth."""
+    if isinstance(value, str):
+        return value.replace(RUN_DIRECTORY, run_directory)
+    if isinstance(value, Mapping):
+        return {key: _replaced(inner, run_directory) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(inner, run_directory) for inner in value]
+    return value

@@ -1,0 +1,75 @@
+"""The launch of one node's ranks: torchrun's argv and environment, and command.sh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from launcher import __version__
+from launcher.plan.types import Topology
+from launcher.render.quote import exports, shell_block
+
+# Seconds between torchrun's SIGTERM to the ranks and its SIGKILL; the default of 30 cuts a
+# checkpoint short.
+SHUTDOWN_TIMEOUT_SECONDS = 120
+HEAD_NODE = "HEAD_NODE:29500"
+
+
+def torchrun_argv(topology: Topology, run_directory: str, run_name: str) -> tuple[str, ...]:
+    """argv that starts this node's ranks.
+
+    Args:
+        topology: ranks and nodes.
+        run_directory: absolute path, or the run directory as the user named it.
+        run_name: rendezvous id where there are several nodes.
+    """
+    rendezvous: tuple[str, ...] = ("--standalone",)
+    if topology.nodes > 1:
+        rendezvous = (
+            f"--nnodes={topology.nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={HEAD_NODE}",
+            f"--rdzv-id={run_name}",
+        )
+    return (
+        "torchrun",
+        *rendezvous,
+        f"--nproc-per-node={topology.gpus_per_node}",
+        f"--shutdown-timeout={SHUTDOWN_TIMEOUT_SECONDS}",
+        "-m",
+        "launcher.train",
+        run_directory,
+    )
+
+
+def launch_environment(topology: Topology, cpu_count: int) -> dict[str, str]:
+    """Variables that must stand before torchrun starts.
+
+    OMP_NUM_THREADS: torchrun would set 1. Expandable segments: less fragmentation (torch
+    2.9 name). Tokenizers must not fork threads after data-loader workers.
+    """
+    threads = max(1, cpu_count // topology.gpus_per_node)
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if topology.device == "cuda":
+        environment |= {
+            "NCCL_DEBUG": "WARN",
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        }
+    return environment
+
+
+def command_script(
+    argv: tuple[str, ...], environment: Mapping[str, str], topology: Topology
+) -> str:
+    """command.sh: the launch on one node, to read and to run by hand."""
+    nodes = ""
+    if topology.nodes > 1:
+        nodes = f"# Run it on each of the {topology.nodes} nodes, HEAD_NODE replaced by the first.\n"
+    return (
+        "#!/usr/bin/env bash\n"
+        f"# Made by sftlaunch {__version__}. Starts the ranks of one node.\n"
+        f"{nodes}"
+        "set -euo pipefail\n"
+        f"{exports(environment)}"
+        f"exec {shell_block(argv)}\n"
+    )

@@ -1,0 +1,141 @@
+"""Names and records of a run directory; every write that matters is atomic.
+
+It knows files, not meaning: what a state implies is decided by those who read it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STATES = ("planned", "queued", "running", "preempted", "failed", "completed")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON object as one line, in one write."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(line)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole JSON lines of a file that may still be written; a cut-off last line is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        """The plan that every rank reads."""
+        return self.path / "plan.json"
+
+    @property
+    def spec(self) -> Path:
+        """The resolved spec, every value explicit."""
+        return self.path / "spec.yaml"
+
+    @property
+    def status(self) -> Path:
+        """State, attempt, step, error."""
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Generations at fixed prompts."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def deepspeed(self) -> Path:
+        """DeepSpeed's configuration (ZeRO only)."""
+        return self.path / "deepspeed.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Intermediate checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """The trained adapter or model, and its tokenizer."""
+        return self.path / "final"
+
+    def logs(self, attempt: int) -> Path:
+        """Folder of one attempt's logs."""
+        return self.path / "logs" / f"attempt-{attempt}"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        """What one rank printed."""
+        return self.logs(attempt) / f"rank-{rank}.log"
+
+    def launcher_log(self, attempt: int) -> Path:
+        """What torchrun itself printed."""
+        return self.logs(attempt) / "launcher.log"
+
+    def rank_error(self, attempt: int, rank: int) -> Path:
+        """A rank's own error, written by it as it fails."""
+        return self.logs(attempt) / f"rank-{rank}.error.json"
+
+    def exists(self) -> bool:
+        """Whether a run was planned here."""
+        return self.plan.is_file()
+
+    def create(self, files: Mapping[str, str]) -> None:
+        """Make the folder and write its files, plan.json last."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in sorted(files, key=lambda name: (name == "plan.json", name)):
+            write_atomic(self.path / name, files[name])
+            if name.endswith(".sh"):
+                (self.path / name).chmod(0o755)
+
+    def read_status(self) -> dict[str, Any]:
+        """The status record; `{}` where there is none yet."""
+        try:
+            record: dict[str, Any] = json.loads(self.status.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return record
+
+    def update_status(self, **changes: Any) -> dict[str, Any]:
+        """Merge `changes` into the status record and write it."""
+        state = changes.get("state")
+        if state is not None and state not in STATES:
+            raise ValueError(f"unknown state {state!r}; one of {STATES}")
+        record = {**self.read_status(), **changes}
+        write_atomic(self.status, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        return record
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics.jsonl."""
+        return list(read_lines(self.metrics))

@@ -1,0 +1,204 @@
+"""Which rank failed first, and what its error means.
+
+Ranks record their own errors; the earliest one is the cause, the others fail because it
+is gone. `PATTERNS` turns known errors into cause and fix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.runs.directory import RunDirectory
+
+# Errors of a rank whose peer is gone: never the cause where another rank has its own.
+SECONDARY = re.compile(
+    r"Connection (reset|closed) by peer|Broken pipe|NCCL (communicator was )?abort|"
+    r"recvValue failed|DistBackendError|Gloo.*(timed out|closed)",
+    re.IGNORECASE,
+)
+LOG_TAIL_LINES = 15
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A known error."""
+
+    pattern: str
+    cause: str
+    fix: str
+    source: str
+
+
+PATTERNS = (
+    Pattern(
+        r"CUDA out of memory|OutOfMemoryError",
+        "the GPU's memory is full",
+        "use --micro-batch-size 1, a shorter training.max_length, or more GPUs with fsdp",
+        "torch.cuda.OutOfMemoryError",
+    ),
+    Pattern(
+        r"No space left on device",
+        "the disk is full",
+        "free space, or lower checkpoints.keep",
+        "errno ENOSPC",
+    ),
+    Pattern(
+        r"Cannot allocate memory|DefaultCPUAllocator: (can't allocate|not enough) memory",
+        "the machine's memory is full",
+        "use fewer ranks, or a smaller micro batch",
+        "torch c10 CPU allocator",
+    ),
+    Pattern(
+        r"Expected to mark a variable ready only once",
+        "unused-parameter search together with reentrant checkpointing",
+        "leave training.gradient_checkpointing_kwargs to the plan",
+        "torch DDP reducer; PEFT under DDP",
+    ),
+    Pattern(
+        r"Could not find the transformer layer class",
+        "the layer class that FSDP wraps is not in the model",
+        "report the model's architecture; use --strategy ddp meanwhile",
+        "accelerate 1.15 set_auto_wrap_policy",
+    ),
+    Pattern(
+        r"Target modules .* not found in the base model",
+        "the LoRA targets match nothing",
+        "use lora.target_modules: all-linear",
+        "PEFT 0.21",
+    ),
+    Pattern(
+        r"(no|not) .*(g\+\+|c\+\+) |command 'g\+\+'|Ninja is required|CUDAMismatchException",
+        "DeepSpeed builds an extension at first use and found no compiler",
+        "install one: apt-get install g++ ninja-build",
+        "deepspeed op_builder",
+    ),
+    Pattern(
+        r"assistant mask|no assistant (tokens|masks)|generation markers|\{% generation %\}",
+        "the chat template does not mark the assistant's tokens",
+        "use loss: all, or a template with {% generation %} markers",
+        "TRL 1.16 assistant_only_loss",
+    ),
+    Pattern(
+        r"gated repo|401 Client Error|Repository Not Found",
+        "the Hub refuses the model or dataset",
+        "accept its licence on the Hub and set HF_TOKEN in the environment",
+        "huggingface_hub",
+    ),
+    Pattern(
+        r"offline mode is enabled|LocalEntryNotFoundError|couldn't connect to",
+        "the model or dataset is not in the cache, and the Hub is out of reach",
+        "download it first where there is a network, or give a local path",
+        "huggingface_hub",
+    ),
+    Pattern(
+        r"DataLoader worker .* (killed|bus error)|Bus error|unable to (open|allocate) shared memory",
+        "shared memory is full",
+        "raise /dev/shm (Docker: --shm-size or --ipc=host)",
+        "torchtitan#853",
+    ),
+    Pattern(
+        r"Watchdog caught collective operation timeout|Timed out waiting|timed out after",
+        "a rank did not reach a collective in time",
+        "look for the rank whose log stops first",
+        "torch ProcessGroupNCCL watchdog",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first failing rank and why."""
+
+    rank: int | None
+    error: str
+    """The rank's own words, one line."""
+    cause: str
+    fix: str
+    log: str
+    """The log to read, relative to the run directory."""
+    secondary: tuple[int, ...]
+    """Ranks that failed because of it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For status.json."""
+        return {
+            "rank": self.rank,
+            "message": self.error,
+            "cause": self.cause,
+            "fix": self.fix,
+            "log": self.log,
+        }
+
+
+def find_failure(run: RunDirectory, attempt: int, detail: str) -> Failure:
+    """The first failing rank's error of an attempt.
+
+    Args:
+        run: the run.
+        attempt: its attempt.
+        detail: what the launcher saw (an exit code or a signal), where no rank left a record.
+    """
+    records = _records(run, attempt)
+    if not records:
+        return _from_logs(run, attempt, detail)
+    own = [r for r in records if not SECONDARY.search(r["message"])] or records
+    first = own[0]
+    text = f"{first['type']}: {first['message']}".strip()
+    pattern = match(f"{text}\n{first['traceback']}")
+    return Failure(
+        rank=first["rank"],
+        error=_one_line(text),
+        cause=pattern.cause if pattern else "",
+        fix=pattern.fix if pattern else "",
+        log=_relative(run, attempt, first["rank"]),
+        secondary=tuple(r["rank"] for r in records if r is not first),
+    )
+
+
+def match(text: str) -> Pattern | None:
+    """The first known error in a text."""
+    return next((p for p in PATTERNS if re.search(p.pattern, text, re.IGNORECASE)), None)
+
+
+def _records(run: RunDirectory, attempt: int) -> list[dict[str, Any]]:
+    """The ranks' error records, earliest first."""
+    found = []
+    for path in sorted(run.logs(attempt).glob("rank-*.error.json")):
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    return sorted(found, key=lambda record: record["time"])
+
+
+def _from_logs(run: RunDirectory, attempt: int, detail: str) -> Failure:
+    """Where no rank could say why: the last words of the logs."""
+    texts = {}
+    for path in [*sorted(run.logs(attempt).glob("rank-*.log")), run.launcher_log(attempt)]:
+        if path.is_file():
+            texts[path] = path.read_text(encoding="utf-8", errors="replace")
+    pattern, log = None, run.launcher_log(attempt)
+    for path, text in texts.items():
+        pattern = match("\n".join(text.splitlines()[-LOG_TAIL_LINES:]))
+        if pattern:
+            log = path
+            break
+    return Failure(
+        rank=None,
+        error=detail,
+        cause=pattern.cause if pattern else "",
+        fix=pattern.fix if pattern else "",
+        log=str(log.relative_to(run.path)),
+        secondary=(),
+    )
+
+
+def _relative(run: RunDirectory, attempt: int, rank: int) -> str:
+    return str(run.rank_log(attempt, rank).relative_to(run.path))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,218 @@
+"""The spec: every key a user may write, with its type and meaning.
+
+It decides what may be said, not what is wise: combinations are judged by `launcher.plan`.
+`None` means "not said"; the plan fills it in and says so. Units stand in the names.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Strategy: TypeAlias = Literal[
+    "auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1", "hsdp"
+]
+Method: TypeAlias = Literal[
+    "full", "lora", "qlora", "dora", "rslora", "prefix_tuning", "prompt_tuning", "ia3"
+]
+Quantization: TypeAlias = Literal["none", "nf4", "8bit"]
+Offload: TypeAlias = Literal["none", "optimizer", "all"]
+Target: TypeAlias = Literal["local", "slurm", "docker"]
+Device: TypeAlias = Literal["cuda", "cpu"]
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A mapping of the spec: unknown keys and loose types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelSpec(Section):
+    """The base model."""
+
+    path: str = Field(description="A local folder (relative to the spec file) or a Hub name.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
+    dtype: Dtype | None = Field(None, description="Dtype the weights are loaded in.")
+    attn_implementation: str | None = Field(
+        None, description="eager, sdpa, flash_attention_2, flash_attention_3, flex_attention."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
+
+
+class DatasetSpec(Section):
+    """Training rows, and the rows held out for evaluation."""
+
+    path: str = Field(description="A local file or folder (relative to the spec), or a Hub name.")
+    name: str | None = Field(None, description="Configuration name of a Hub dataset.")
+    split: str = Field("train", description="Split that is trained on.")
+    eval_path: str | None = Field(None, description="A local file of held-out rows.")
+    eval_split: str | None = Field(None, description="Split that is evaluated on.")
+    eval_share: Share | None = Field(None, description="Share of the rows held out, 0 to 1.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renamed columns: what the loader expects -> yours."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> DatasetSpec:
+        said = [k for k in ("eval_path", "eval_split", "eval_share") if getattr(self, k)]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} exclude each other; keep one")
+        return self
+
+
+class LoraSpec(Section):
+    """The adapter; keys that the method does not use are refused by the plan."""
+
+    rank: Count | None = Field(None, description="Rank of the update matrices.")
+    alpha: Count | None = Field(None, description="Scaling numerator; alpha / rank scales.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Dropout on the adapter's input, 0 to 1."
+    )
+    target_modules: str | list[str] | None = Field(
+        None, description="all-linear, or names of linear modules."
+    )
+    virtual_tokens: Count | None = Field(
+        None, description="Prefix and prompt tuning: number of virtual tokens."
+    )
+
+
+class HardwareSpec(Section):
+    """Where it runs. `gpus` counts all nodes together."""
+
+    gpus: Count | None = Field(None, description="Total number of GPUs (ranks on CPU).")
+    nodes: Count | None = Field(None, description="Number of nodes.")
+    gpus_per_node: Count | None = Field(None, description="GPUs on each node.")
+    gpu: str | None = Field(None, description="GPU to plan for, such as h100-80gb.")
+    device: Device | None = Field(None, description="cuda, or cpu for a rehearsal.")
+
+
+class BatchSpec(Section):
+    """The effective batch, always in sequences."""
+
+    global_batch_size: Count | None = Field(
+        None, description="Sequences per optimizer step over all GPUs."
+    )
+    micro_batch_size: Count | Literal["auto"] = Field(
+        "auto", description="Sequences per GPU per forward pass."
+    )
+
+
+class TrainingSpec(Section):
+    """Hyperparameters. Any other `SFTConfig` field may stand here too, by its own name."""
+
+    model_config = ConfigDict(
+        extra="allow", frozen=True, strict=True, protected_namespaces=()
+    )
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Count | None = Field(None, description="Optimizer steps; overrides the epochs.")
+    max_length: Count | None = Field(None, description="Tokens; longer rows are cut.")
+    packing: bool | None = None
+    optim: str | None = None
+    lr_scheduler_type: str | None = None
+    warmup_steps: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Steps, or a share of all steps where below 1."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    max_grad_norm: Annotated[float, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    gradient_checkpointing: bool | None = None
+    bf16: bool | None = None
+    fp16: bool | None = None
+
+    def sft_fields(self) -> dict[str, Any]:
+        """The keys beyond the named ones, as the user wrote them."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class CheckpointSpec(Section):
+    """Intermediate checkpoints."""
+
+    every_steps: Count | None = Field(None, description="Optimizer steps between two.")
+    keep: Count = Field(3, description="How many of the newest are kept.")
+
+
+class EvaluationSpec(Section):
+    """Evaluation on the held-out rows."""
+
+    every_steps: Count | None = Field(None, description="Optimizer steps between two.")
+    early_stopping_patience: Count | None = Field(
+        None, description="Evaluations without improvement before the run stops."
+    )
+    exact_match: bool = Field(
+        False, description="Greedy answers to the held-out prompts, before and after."
+    )
+
+
+class SamplesSpec(Section):
+    """Generations at fixed prompts."""
+
+    prompts: list[str] = Field(default_factory=list)
+    every_steps: Count | None = Field(None, description="Optimizer steps between two.")
+    max_new_tokens: Count = Field(64, description="Tokens generated at most.")
+
+
+class ContainerSpec(Section):
+    """A container for Slurm jobs."""
+
+    runtime: Literal["pyxis", "apptainer"]
+    image: str
+
+
+class SlurmSpec(Section):
+    """How a Slurm job is asked for."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_limit: str | None = Field(None, description="Such as 12h, 90m or 1-00:00:00.")
+    container: ContainerSpec | None = None
+
+
+class DockerSpec(Section):
+    """How containers are started."""
+
+    image: str | None = None
+    hosts: list[str] = Field(default_factory=list, description="ssh://user@host, one a node.")
+
+
+class Spec(Section):
+    """One supervised fine-tuning run."""
+
+    model: ModelSpec
+    dataset: DatasetSpec | None = Field(None, description="Needed to run, not to plan.")
+    method: Method = "lora"
+    lora: LoraSpec = LoraSpec()
+    quantization: Quantization | None = Field(
+        None, description="none, nf4 (double quantisation) or 8bit."
+    )
+    strategy: Strategy = "auto"
+    offload: Offload = "none"
+    hardware: HardwareSpec = HardwareSpec()
+    batch: BatchSpec = BatchSpec()
+    training: TrainingSpec = TrainingSpec()
+    loss: Literal["assistant", "completion", "all"] | None = Field(
+        None, description="Which tokens are trained on; by the shape of the data if unset."
+    )
+    checkpoints: CheckpointSpec = CheckpointSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    samples: SamplesSpec = SamplesSpec()
+    trackers: list[str] = Field(default_factory=list, description="tensorboard, wandb, ...")
+    slurm: SlurmSpec = SlurmSpec()
+    docker: DockerSpec = DockerSpec()
+    output: str | None = Field(None, description="The run directory.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        """`model: NAME` and `dataset: FILE` are the mappings with only a path."""
+        if not isinstance(data, dict):
+            return data
+        short = {k: {"path": v} for k in ("model", "dataset") if isinstance(v := data.get(k), str)}
+        return {**data, **short}

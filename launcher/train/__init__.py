@@ -1,0 +1,1 @@
+"""Inside a rank: the only room that imports torch."""

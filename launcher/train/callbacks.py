@@ -1,0 +1,103 @@
+"""What a run tells while it trains: metrics, status, samples. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from launcher.runs.directory import RunDirectory, append_line
+
+STATUS_INTERVAL_SECONDS = 0.5
+METRIC_NAMES = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
+
+
+class RecordCallback(TrainerCallback):  # type: ignore[misc]
+    """metrics.jsonl and status.json."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.last_status = 0.0
+        self.last_time = time.monotonic()
+        self.last_tokens = 0.0
+        self.last_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how many steps there will be."""
+        self.last_time = time.monotonic()
+        if state.is_world_process_zero:
+            self.run.update_status(stage="training", step=0, max_steps=state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance the status, at most twice a second."""
+        now = time.monotonic()
+        if state.is_world_process_zero and now - self.last_status > STATUS_INTERVAL_SECONDS:
+            self.last_status = now
+            self.run.update_status(step=state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the newest checkpoint."""
+        if state.is_world_process_zero:
+            self.run.update_status(last_checkpoint=f"checkpoint-{state.global_step}")
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """One line for a logged step."""
+        if not state.is_world_process_zero or not logs:
+            return
+        values = {name: logs[name] for name in METRIC_NAMES if name in logs}
+        if not values:
+            return
+        record: dict[str, Any] = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "time": time.time(),
+            **values,
+        }
+        if "loss" in logs:
+            record |= self._speed(args, state, logs.get("num_tokens", 0.0))
+        append_line(self.run.metrics, record)
+
+    def _speed(self, args: Any, state: Any, tokens: float) -> dict[str, Any]:
+        import torch
+
+        now = time.monotonic()
+        elapsed = max(now - self.last_time, 1e-9)
+        samples = (
+            (state.global_step - self.last_step)
+            * args.per_device_train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size
+        )
+        speed = {
+            "tokens": tokens,
+            "tokens_per_second": (tokens - self.last_tokens) / elapsed,
+            "samples_per_second": samples / elapsed,
+            "gpu_memory_bytes": (
+                torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+            ),
+        }
+        self.last_time, self.last_tokens, self.last_step = now, tokens, state.global_step
+        return speed
+
+
+class SamplesCallback(TrainerCallback):  # type: ignore[misc]
+    """Generations at fixed prompts: before the first step, every N steps, after the last."""
+
+    def __init__(self, every_steps: int | None, write: Callable[[int], None]) -> None:
+        self.every_steps = every_steps
+        self.write = write
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The base model's answers, to compare with."""
+        if state.global_step == 0:
+            self.write(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answers on the way."""
+        due = self.every_steps and state.global_step % self.every_steps == 0
+        if due and state.global_step < state.max_steps:
+            self.write(state.global_step)

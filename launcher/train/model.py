@@ -1,0 +1,62 @@
+"""Tokenizer, quantisation and adapter configurations, from the plan's worker section."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.plan.types import Plan
+
+
+def load_tokenizer(plan: Plan) -> Any:
+    """The model's own tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    model = plan.worker.model
+    tokenizer = AutoTokenizer.from_pretrained(
+        model["path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"]
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def model_init_kwargs(plan: Plan) -> dict[str, Any]:
+    """What `from_pretrained` gets; the device map is left to TRL (None when distributed)."""
+    model = plan.worker.model
+    kwargs = {
+        "dtype": model["dtype"],
+        "revision": model["revision"],
+        "attn_implementation": model["attn_implementation"],
+        "trust_remote_code": model["trust_remote_code"],
+    }
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def quantization_config(plan: Plan) -> Any:
+    """bitsandbytes configuration, or None.
+
+    The storage dtype is the adapter rules' business: FSDP and ZeRO-3 shard 4-bit weights
+    only where they are stored in the dtype of the other parameters.
+    """
+    settings = plan.worker.model["quantization"]
+    if settings is None:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    dtypes = {
+        name: getattr(torch, value)
+        for name, value in settings.items()
+        if name.endswith(("_dtype", "_storage"))
+    }
+    return BitsAndBytesConfig(**{**settings, **dtypes})
+
+
+def peft_config(plan: Plan) -> Any:
+    """PEFT configuration, or None for full fine-tuning."""
+    settings = plan.worker.peft
+    if settings is None:
+        return None
+    from peft import get_peft_config
+
+    return get_peft_config(dict(settings))

@@ -1,0 +1,72 @@
+"""The final save: whole, checked, and in place only when it is.
+
+Rank 0 writes to a folder beside the final one and renames it after the check, so that
+`final/` is either absent or complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from launcher.plan.types import Plan
+from launcher.runs.directory import RunDirectory
+from launcher.train.process import rank_of
+
+# transformers pickles the whole argument object there; weights need none of it.
+NOT_KEPT = ("training_args.bin",)
+
+
+class IncompleteSaveError(RuntimeError):
+    """What was written is not what was trained."""
+
+
+def save_final(plan: Plan, run: RunDirectory, trainer: Any) -> None:
+    """Save the adapter or the model with its tokenizer to `final/`; collective.
+
+    Raises:
+        IncompleteSaveError: where tensors are missing, empty or not the adapter's.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        # Under SHARDED_STATE_DICT save_model writes nothing and says nothing.
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    temporary = run.path / ".final"
+    if rank_of() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(temporary))
+    if rank_of() == 0:
+        for name in NOT_KEPT:
+            (temporary / name).unlink(missing_ok=True)
+        check_saved(temporary, adapter=plan.worker.peft is not None)
+        shutil.rmtree(run.final, ignore_errors=True)
+        temporary.rename(run.final)
+
+
+def check_saved(folder: Path, *, adapter: bool) -> None:
+    """Tensors are there, none is empty, and an adapter holds no base weights."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors"))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    if not shapes:
+        raise IncompleteSaveError(f"no tensors were saved to {folder.name}")
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise IncompleteSaveError(f"{len(empty)} tensors were saved empty, such as {empty[0]}")
+    if adapter:
+        base = [name for name in shapes if ".base_layer." in name]
+        if base:
+            raise IncompleteSaveError(f"the adapter holds base weights, such as {base[0]}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        promised = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        missing = sorted(promised - set(shapes))
+        if missing:
+            raise IncompleteSaveError(f"{len(missing)} tensors are missing, such as {missing[0]}")
