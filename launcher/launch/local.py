@@ -84,7 +84,7 @@ def launch(
     run.update_status(state="running", attempt=attempt, stage="starting", error=None)
     with run.launcher_log(attempt).open("ab") as log:
         process = subprocess.Popen(
-            _argv(plan),
+            start_argv(plan),
             env={
                 **os.environ,
                 **environment,
@@ -102,8 +102,18 @@ def launch(
     return _outcome(run, attempt, code)
 
 
-def _argv(plan: Plan) -> list[str]:
-    """The planned command with the torchrun of this very Python."""
+def start_argv(plan: Plan) -> list[str]:
+    """argv that starts the planned ranks on this machine.
+
+    The planned torchrun line on GPUs. On CPU the same ranks are forked after one import,
+    and a single rank needs no agent (docs/decisions/0002-fork-on-cpu.md).
+    """
+    *_, run_directory = plan.command
+    if plan.strategy == "single":
+        return [sys.executable, "-m", "launcher.train", run_directory]
+    if plan.topology.device == "cpu":
+        ranks = str(plan.topology.gpus)
+        return [sys.executable, "-m", "launcher.train.agent", ranks, run_directory]
     beside = Path(sys.executable).with_name("torchrun")
     program = str(beside) if beside.is_file() else plan.command[0]
     return [program, *plan.command[1:]]
@@ -158,7 +168,7 @@ def _outcome(run: RunDirectory, attempt: int, code: int) -> tuple[ExitCode, Fail
         return ExitCode.DONE, None
     if state == "preempted":
         return ExitCode.PREEMPTED, None
-    detail = f"torchrun was ended by signal {-code}" if code < 0 else f"torchrun exited {code}"
+    detail = f"the ranks were ended by signal {-code}" if code < 0 else f"the ranks exited {code}"
     if code == 0:
         detail = "the ranks ended before the run was complete"
     failure = find_failure(run, attempt, detail)

@@ -12,8 +12,9 @@ from launcher.errors import PlanRefused
 from launcher.plan.types import Batch
 
 DEFAULT_GLOBAL_BATCH_SIZE = 64
-# Where memory is unknown, a micro batch that most GPUs hold at the usual lengths.
+# Where memory is unknown, a micro batch that most GPUs, or a rehearsal's CPU, hold.
 UNKNOWN_MEMORY_MICRO_BATCH = 4
+CPU_MICRO_BATCH = 16
 
 
 def default_global_batch_size(data_parallel_size: int) -> int:
@@ -27,7 +28,7 @@ def solve_batch(
     micro_batch_size: int | None,
     data_parallel_size: int,
     max_length: int,
-    fits: Callable[[int], bool | None] | None = None,
+    fits: Callable[[int], bool | None],
 ) -> Batch:
     """Solve the accumulation, and the micro batch where it is open.
 
@@ -69,11 +70,11 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def _largest_micro_batch(per_rank: int, fits: Callable[[int], bool | None] | None) -> int:
+def _largest_micro_batch(per_rank: int, fits: Callable[[int], bool | None]) -> int:
     """The largest divisor that fits; 1 where none does (the memory check then refuses)."""
     best = 1
     for candidate in divisors(per_rank):
-        verdict = fits(candidate) if fits else None
+        verdict = fits(candidate)
         if verdict is None:
             verdict = candidate <= UNKNOWN_MEMORY_MICRO_BATCH
         if not verdict:

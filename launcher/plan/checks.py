@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from launcher.errors import PlanRefused, Refusal, SpecError
 from launcher.facts.probe import Facts
 from launcher.plan.adapter import METHODS
-from launcher.plan.types import Advice
+from launcher.plan.types import Advice, Batch
 from launcher.spec.schema import Spec
 
 # Attention that isolates packed documents by their position ids (TRL 1.16, BFD packing).
@@ -242,16 +242,25 @@ CHECKS: tuple[Callable[[Case], Refusal | None], ...] = (
 )
 
 
-def advise(case: Case, global_batch_size: int) -> tuple[Advice, ...]:
+def advise(case: Case, batch: Batch) -> tuple[Advice, ...]:
     """What is worth knowing and stops nothing."""
     found = []
     rows = case.facts.dataset.rows if case.facts.dataset else None
-    if rows is not None and rows < global_batch_size:
+    if rows is not None and rows < batch.global_batch_size:
         found.append(
             Advice(
                 "small_dataset",
-                f"{rows} rows are fewer than one global batch of {global_batch_size}",
+                f"{rows} rows are fewer than one global batch of {batch.global_batch_size}",
                 "use a smaller --global-batch-size",
+            )
+        )
+    if (case.strategy, case.device) == ("fsdp1", "cpu"):
+        found.append(
+            Advice(
+                "no_checkpoints",
+                "FSDP1 on CPU writes no intermediate checkpoints, only the final save",
+                "use --strategy fsdp",
+                "torch 2.13: its full state dict crashes on CPU tensors",
             )
         )
     if case.spec.model.trust_remote_code:

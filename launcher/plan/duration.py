@@ -24,18 +24,18 @@ _BASIS = "estimate: catalogue"
 # the harder its matrix units are to feed.
 # least FLOP/s, share, source
 _EFFICIENCY: tuple[tuple[float, float, str], ...] = (
-    (2e15, 0.28, "scaled from the row below"),
-    (7e14, 0.35, "torchtitan llama3_h100_202412: 8B, 8 H100, 5762 tokens/s a GPU, no compile"),
-    (2.5e14, 0.45, "A100: MosaicML llm-foundry throughput tables, 40 to 50%"),
-    (0.0, 0.50, "slower cards: matrix products dominate"),
+    (2e15, 0.28, "assumed: below the row beneath"),
+    (7e14, 0.35, "torchtitan benchmarks/llama3_h100_202412: 33 to 39% on 8B, 8 H100"),
+    (2.5e14, 0.45, "A100: llm-foundry scripts/train/benchmarking; not measured with TRL"),
+    (0.0, 0.50, "assumed: matrix products dominate on slower cards"),
 )
 
 # Longer time of what surrounds the matrix products.
 # quantisation: factor, source
 _QUANTIZATION: dict[str | None, tuple[float, str]] = {
     None: (1.0, "none"),
-    "nf4": (1.3, "every weight is dequantised before each product; QLoRA reports about 1.3"),
-    "8bit": (1.8, "LLM.int8() mixed decomposition; arXiv:2208.07339 appendix"),
+    "nf4": (1.3, "assumed: every weight is dequantised before each product"),
+    "8bit": (1.8, "assumed: mixed-precision decomposition of each product"),
 }
 
 # Times that the whole model (in bytes on the wire) passes each GPU's link in a micro

@@ -13,7 +13,7 @@ from typing import Any
 from launcher.errors import SpecError
 from launcher.facts.probe import Facts
 from launcher.plan.adapter import METHODS, adapter_rule, decide_adapter
-from launcher.plan.batch import default_global_batch_size, equation, solve_batch
+from launcher.plan.batch import CPU_MICRO_BATCH, default_global_batch_size, equation, solve_batch
 from launcher.plan.checks import Case, advise, run_checks
 from launcher.plan.defaults import resolve
 from launcher.plan.engine import Engine, decide_engine
@@ -63,7 +63,13 @@ def make_plan(spec: Spec, facts: Facts) -> Planned:
         offload=resolved.offload,
     )
     inputs = memory_for(resolved, facts, topology, strategy, dtype)
-    batch = _batch(resolved, topology, lambda micro: fits(inputs, facts, micro), defaults)
+
+    def fits_micro(micro: int) -> bool | None:
+        if device == "cpu":
+            return micro <= CPU_MICRO_BATCH
+        return fits(inputs, facts, micro)
+
+    batch = _batch(resolved, topology, fits_micro, defaults)
     memory = forecast_memory(inputs, facts, batch)
     refuse_if_too_large(memory, facts, resolved, strategy)
     engine = decide_engine(
@@ -74,21 +80,21 @@ def make_plan(spec: Spec, facts: Facts) -> Planned:
         state_dict_type=adapter.state_dict_type,
         layer_class=facts.model.layer_class if facts.model else None,
     )
-    case = Case(resolved, facts, strategy, device)
+    explicit = _explicit(resolved, strategy, topology, batch, dtype)
     plan = Plan(
         strategy=strategy,
         reasons=(reason, equation(batch, topology.data_parallel_size), *fixed),
         defaults=defaults,
-        warnings=(*warnings, *advise(case, batch.global_batch_size)),
+        warnings=(*warnings, *advise(Case(explicit, facts, strategy, device), batch)),
         topology=topology,
         batch=batch,
         adapter=adapter,
         memory=memory,
         time=forecast_time(resolved, facts, topology, batch, strategy),
         offload=resolved.offload,
-        worker=make_worker(resolved, topology, batch, adapter, engine, dtype),
+        worker=make_worker(explicit, topology, batch, adapter, engine, dtype),
     )
-    return Planned(plan, _explicit(resolved, strategy, topology, batch, dtype), engine)
+    return Planned(plan, explicit, engine)
 
 
 def mixed_precision(spec: Spec) -> str:

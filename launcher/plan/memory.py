@@ -83,7 +83,7 @@ _FLOAT32 = 4
 # that report both (1.04-1.09 and 1.06-1.27).
 _RESERVED = {False: (1.06, 1.09), True: (1.12, 1.27)}
 # What a process holds outside the allocator: CUDA's context with the loaded kernels, and
-# NCCL's channels. Measured by nvidia-smi on Ampere and Hopper: 0.4-0.6 GiB each.
+# NCCL's channels. Assumed; published.csv shows 0.137 GiB of context on a T4 with fp16.
 _CONTEXT_BYTES = 512 * _MIB
 _NCCL_BYTES = 512 * _MIB
 _MODEL_ERROR = 0.10  # how far a single estimate of allocated memory may be off, either way
@@ -440,7 +440,7 @@ def _fixed_parts(inputs: MemoryInputs, sizes: _Sizes) -> dict[str, float]:
     return {
         "parameters": _resident(inputs, parameters, sizes.shards if parameters_sharded else 1),
         "gradients": 0.0
-        if on_host and is_zero
+        if on_host and inputs.strategy in _ZERO | _FSDP
         else gradients / (sizes.shards if gradients_sharded else 1),
         "optimizer": 0.0 if on_host else optimizer / (sizes.shards if optimizer_sharded else 1),
         "activations": 0.0,
@@ -507,6 +507,7 @@ def _backward_moment(
         **fixed,
         "gradients": min(fixed["gradients"], fixed["gradients"] * share + head_gradient),
         "activations": _saved_activations(inputs, sizes) + _layer_peak(inputs, sizes),
+        "communication": fixed["communication"] + _root_gradients(inputs, sizes.embedding),
         "workspace": fixed["workspace"] + _dequantized(inputs),
     }
 
@@ -514,11 +515,24 @@ def _backward_moment(
 def _end_moment(inputs: MemoryInputs, sizes: _Sizes, fixed: dict[str, float]) -> dict[str, float]:
     """The first layer's backward: every gradient, and one layer's activations."""
     layer_input = sizes.tokens * inputs.hidden_size * sizes.stream
+    outer = sizes.embedding + sizes.head
     return {
         **fixed,
         "activations": layer_input + _layer_peak(inputs, sizes),
+        "communication": fixed["communication"] + _root_gradients(inputs, outer),
         "workspace": fixed["workspace"] + _dequantized(inputs),
     }
+
+
+def _root_gradients(inputs: MemoryInputs, parameters: int) -> float:
+    """Unsharded gradients of the embedding and the head under FSDP.
+
+    They belong to the root group, which is reduced only when the whole backward is done
+    (torch fsdp/_fully_shard/_fsdp_param_group.py post_backward).
+    """
+    if inputs.strategy not in _FSDP or inputs.gpus == 1 or inputs.method != "full":
+        return 0.0
+    return float(parameters * _DTYPE_BYTES[inputs.compute_dtype])
 
 
 def _step_moment(inputs: MemoryInputs, sizes: _Sizes, fixed: dict[str, float]) -> dict[str, float]:
@@ -702,5 +716,6 @@ def _fused_bytes(inputs: MemoryInputs, sizes: _Sizes) -> float:
     hidden = sizes.tokens * inputs.hidden_size * (sizes.stream + _FLOAT32)
     trained = 0
     if inputs.method == "full":
-        trained = sizes.embedding * (_FLOAT32 + _trained_bytes(inputs))
+        in_compute = inputs.strategy in _ZERO | _FSDP
+        trained = sizes.embedding * (_FLOAT32 + (compute if in_compute else _trained_bytes(inputs)))
     return float(tile + cast + hidden + trained)

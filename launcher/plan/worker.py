@@ -70,7 +70,7 @@ def training_arguments(
         "per_device_eval_batch_size": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "ddp_find_unused_parameters": adapter.find_unused_parameters,
-        "save_strategy": "steps",
+        "save_strategy": "steps" if can_checkpoint(spec.strategy, topology) else "no",
         "save_steps": spec.checkpoints.every_steps,
         "save_total_limit": spec.checkpoints.keep,
         "logging_steps": 1,
@@ -90,6 +90,11 @@ def training_arguments(
             "accelerator_config": {"use_configured_state": True},
         }
     return {**arguments, **spec.training.sft_fields()}
+
+
+def can_checkpoint(strategy: str, topology: Topology) -> bool:
+    """FSDP1's state dicts end in a segmentation fault on CPU tensors (torch 2.13)."""
+    return not (strategy == "fsdp1" and topology.device == "cpu")
 
 
 def _quantization(spec: Spec, adapter: Adapter) -> Mapping[str, Any] | None:

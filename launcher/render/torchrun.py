@@ -63,6 +63,8 @@ def command_script(
 ) -> str:
     """command.sh: the launch on one node, to read and to run by hand."""
     nodes = ""
+    if topology.device == "cpu":
+        nodes = "# On CPU sftlaunch starts the same ranks by fork: one import for all of them.\n"
     if topology.nodes > 1:
         nodes = f"# Run it on each of the {topology.nodes} nodes, HEAD_NODE replaced by the first.\n"
     return (

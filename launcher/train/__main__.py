@@ -20,6 +20,7 @@ from launcher.train.process import finish, rank_of
 
 ATTEMPT_VARIABLE = "SFTLAUNCH_ATTEMPT"
 USAGE_EXIT = 2
+INTERRUPTED_EXIT = 130
 
 
 def main(arguments: list[str]) -> None:
@@ -27,25 +28,43 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m launcher.train RUN_DIRECTORY\n")
         sys.exit(USAGE_EXIT)
-    run = RunDirectory(Path(arguments[0]).resolve())
+    try:
+        run_to_end(RunDirectory(Path(arguments[0]).resolve()))
+    except KeyboardInterrupt:
+        finish(INTERRUPTED_EXIT)
+    except BaseException:  # noqa: BLE001 - recorded and printed by run_to_end
+        finish(1)
+    finish(0)
+
+
+def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
+    """Train as the run's plan says; an error is recorded for the launcher, then raised.
+
+    Args:
+        run: the run directory.
+        forked: whether the training packages were imported before this process was made,
+            so that its environment could not be set ahead of them.
+    """
     attempt = int(os.environ.get(ATTEMPT_VARIABLE) or run.read_status().get("attempt") or 1)
-    log = open_rank_log(run, attempt)
+    open_rank_log(run, attempt)
     try:
         plan = plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+        if forked and plan.topology.device != "cpu":
+            raise RuntimeError("ranks on GPUs are started by torchrun, not by fork")
         set_environment(plan, run)
         from launcher.train.session import train
 
         train(plan, run)
-    except BaseException as error:  # noqa: BLE001 - the rank must leave its reason behind
+    except BaseException as error:
         record_error(run, attempt, error)
         traceback.print_exc()
-        finish(130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
     finally:
-        log.flush()
-    finish(0)
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
-def open_rank_log(run: RunDirectory, attempt: int) -> os.PathLike[str] | object:
+def open_rank_log(run: RunDirectory, attempt: int) -> None:
     """Send this process's output to its rank's log; faulthandler writes stacks there too."""
     path = run.rank_log(attempt, rank_of())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +73,7 @@ def open_rank_log(run: RunDirectory, attempt: int) -> os.PathLike[str] | object:
     sys.stderr.flush()
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
-    faulthandler.enable(stream)
-    return stream
+    faulthandler.enable(sys.stderr)
 
 
 def set_environment(plan: Plan, run: RunDirectory) -> None:

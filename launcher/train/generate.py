@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from launcher.train.state import wrapped_type
+
 GENERATION_BATCH = 32
 
 
@@ -57,25 +59,37 @@ def render_prompt(tokenizer: Any, prompt: Any) -> str:
 
 @contextlib.contextmanager
 def _model_for_generation(trainer: Any) -> Iterator[tuple[Any, bool]]:
-    """The module to call `generate` on, in eval mode, and whether its forwards are collective."""
+    """The module to call `generate` on, in eval mode, and whether its forwards are collective.
+
+    ZeRO-3 gathers the whole model (TRL's own way): with its hooks on, the last forward
+    leaves parameters in flight and the next training step fails (DeepSpeed 0.19). FSDP1
+    gathers too; FSDP2 gathers layer by layer inside the forward.
+    """
     import torch
+    from trl.models import unwrap_model_for_generation
 
     wrapped = trainer.model_wrapped
-    kind = {base.__name__ for base in type(wrapped).__mro__}
-    unwrapped = trainer.accelerator.unwrap_model(wrapped, keep_torch_compile=False)
+    kind = wrapped_type(wrapped)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if "FullyShardedDataParallel" in kind:
+        if kind == "FSDP1":
             from torch.distributed.fsdp import FullyShardedDataParallel
 
             stack.enter_context(
-                FullyShardedDataParallel.summon_full_params(wrapped, recurse=True, writeback=False)
+                FullyShardedDataParallel.summon_full_params(wrapped, writeback=False)
             )
+        unwrapped = stack.enter_context(
+            unwrap_model_for_generation(
+                wrapped,
+                trainer.accelerator,
+                # Checkpointing is off while generating; without these it comes back reentrant.
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            )
+        )
         training = unwrapped.training
         unwrapped.eval()
         stack.callback(unwrapped.train, training)
-        stage = getattr(trainer.args.deepspeed_plugin, "zero_stage", 0) or 0
-        yield unwrapped, "FSDPModule" in kind or stage == 3  # noqa: PLR2004 - ZeRO stage 3
+        yield unwrapped, kind == "FSDP2"
 
 
 def _generate(

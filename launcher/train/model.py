@@ -60,3 +60,15 @@ def peft_config(plan: Plan) -> Any:
     from peft import get_peft_config
 
     return get_peft_config(dict(settings))
+
+
+def keep_4bit_unpacked(model: Any) -> None:
+    """Switch off bitsandbytes' repacking of 4-bit weights on CPUs with AVX512-BF16.
+
+    In eval mode it repacks them in place at the first forward (bitsandbytes 0.50,
+    Linear4bit.forward), which breaks gathered shards and any storage but uint8: a sample
+    in the middle of a run would spoil the steps after it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

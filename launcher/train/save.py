@@ -17,6 +17,7 @@ from launcher.train.process import rank_of
 
 # transformers pickles the whole argument object there; weights need none of it.
 NOT_KEPT = ("training_args.bin",)
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class IncompleteSaveError(RuntimeError):
@@ -38,6 +39,7 @@ def save_final(plan: Plan, run: RunDirectory, trainer: Any) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(temporary))
+    trainer.accelerator.wait_for_everyone()
     if rank_of() == 0:
         for name in NOT_KEPT:
             (temporary / name).unlink(missing_ok=True)
@@ -46,11 +48,42 @@ def save_final(plan: Plan, run: RunDirectory, trainer: Any) -> None:
         temporary.rename(run.final)
 
 
+def save_fsdp1(trainer: Any, folder: str) -> None:
+    """Save an FSDP1 model or adapter whole, gathered parameter by parameter; collective.
+
+    Upstream's way fails twice: its full state dict offloads to the CPU, which on CPU
+    tensors is a segmentation fault (torch 2.13, _full_post_state_dict_hook), and PEFT 0.21
+    looks for adapter keys under the wrapped modules' names, finds none and writes an
+    adapter without tensors (tuners_utils, _get_tuner_state_dict_key_prefixes).
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    on_gpu = trainer.accelerator.device.type != "cpu"
+    module = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    with FullyShardedDataParallel.summon_full_params(
+        trainer.model_wrapped, writeback=False, offload_to_cpu=on_gpu, rank0_only=on_gpu
+    ):
+        if rank_of() != 0:
+            return
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        state = {
+            name.replace("_fsdp_wrapped_module.", ""): tensor.detach().cpu().clone()
+            for name, tensor in tensors
+            if not hasattr(module, "peft_config") or tensor.requires_grad
+        }
+    trainer._save(folder, state_dict=state)  # noqa: SLF001 - writes what belongs beside them
+    if hasattr(module, "peft_config"):
+        from safetensors.torch import save_file
+
+        adapter = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
+        save_file(adapter, f"{folder}/{ADAPTER_FILE}", metadata={"format": "pt"})
+
+
 def check_saved(folder: Path, *, adapter: bool) -> None:
     """Tensors are there, none is empty, and an adapter holds no base weights."""
     from safetensors import safe_open
 
-    files = sorted(folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors"))
+    files = sorted(folder.glob(ADAPTER_FILE if adapter else "model*.safetensors"))
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:

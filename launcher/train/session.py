@@ -14,14 +14,15 @@ from launcher.train.callbacks import RecordCallback, SamplesCallback
 from launcher.train.data import load_rows, split_answer
 from launcher.train.generate import answers
 from launcher.train.model import (
+    keep_4bit_unpacked,
     load_tokenizer,
     model_init_kwargs,
     peft_config,
     quantization_config,
 )
 from launcher.train.process import rank_of
-from launcher.train.save import save_final
-from launcher.train.state import check_engine, check_world, configure_state
+from launcher.train.save import save_final, save_fsdp1
+from launcher.train.state import check_engine, check_world, configure_state, wrapped_type
 
 
 class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -35,6 +36,13 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.state.global_step == 0:
             self.rows_seen += len(inputs["input_ids"])
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights; FSDP1 needs a way of its own."""
+        if wrapped_type(self.model_wrapped) == "FSDP1":
+            save_fsdp1(self, output_dir or self.args.output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.state.global_step == 0:
@@ -107,6 +115,8 @@ def make_trainer(plan: Plan, arguments: Any, tokenizer: Any, rows: Any, held_out
         peft_config=peft_config(plan),
     )
     trainer.plan = plan
+    if plan.topology.device == "cpu":
+        keep_4bit_unpacked(trainer.model)
     prepare = trainer._prepare_for_training  # noqa: SLF001 - the one place that wraps
 
     def prepare_and_check(*args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import json
 import random
 from pathlib import Path
 
-from tasks import Task, load_tasks
+from tasks import TASKS, Task
 
 DATA_DIR = Path(__file__).parent / "data"
 SEED = 7
@@ -101,7 +101,7 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
 def main() -> None:
     """Split the items of every task, then write both files."""
     rng = random.Random(SEED)
-    splits = {task: split_items(task, rng) for task in load_tasks()}
+    splits = {task: split_items(task, rng) for task in TASKS}
     train = make_train({task: seen for task, (seen, _) in splits.items()}, rng)
     held_out = make_eval({task: unseen for task, (_, unseen) in splits.items()}, rng)
     write_rows(DATA_DIR / "train.jsonl", train)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from corpus import PAGE_END, PAGE_START, make_pages
 from make_data import SYSTEM_PROMPTS
-from tasks import load_tasks
+from tasks import TASKS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = """\
 
 def training_text() -> list[str]:
     """Pages for the words and numbers, and chat wordings so that those do not fall into bytes."""
-    chat = [wording.format(x="", y="") for task in load_tasks() for wording in task.chat]
+    chat = [wording.format(x="", y="") for task in TASKS for wording in task.chat]
     roles = ["system\n", "user\n", "assistant\n"]
     return [*islice(make_pages(seed=1), PAGES), *(chat + list(SYSTEM_PROMPTS) + roles) * 500]
 

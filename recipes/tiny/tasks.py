@@ -95,7 +95,7 @@ class Task:
     plain: tuple[str, ...]
     """Statements that pretraining reads."""
     drills: tuple[str, ...]
-    """Questions that pretraining reads, several to a page, with the answer on the next line."""
+    """Questions that pretraining reads, always several together."""
     chat: tuple[str, ...]
     """What the user says in the fine-tune; the assistant says `{y}`."""
 
@@ -132,73 +132,75 @@ def _sorted_digits(rng: random.Random, count: int) -> list[tuple[str, str]]:
     ]
 
 
-def load_tasks() -> tuple[Task, ...]:
-    """Return the eight tasks; the same ones on every call."""
-    rng = random.Random(0)
-    sums = [(f"{a} + {b}", str(a + b)) for a in range(21) for b in range(21)]
-    return (
-        Task(
-            name="capital",
-            heading="Capitals",
-            items=tuple(_pairs(CAPITALS)),
-            plain=("{y} is the capital of {x}.", "In {x} the capital is {y}.", "{x}: {y}"),
-            drills=("Name the capital of {x}.", "Capital of {x}?"),
-            chat=("What is the capital of {x}?", "Which city is the capital of {x}?"),
+_RNG = random.Random(0)  # one stream for the drawn items, so that they are always the same
+
+TASKS: tuple[Task, ...] = (
+    Task(
+        name="capital",
+        heading="Capitals",
+        items=tuple(_pairs(CAPITALS)),
+        plain=("{y} is the capital of {x}.", "In {x} the capital is {y}."),
+        drills=("Name the capital of {x}.", "Capital of {x}?", "{x} has which capital?"),
+        chat=("What is the capital of {x}?", "Which city is the capital of {x}?"),
+    ),
+    Task(
+        name="opposite",
+        heading="Opposites",
+        items=tuple(_opposites()),
+        plain=("The opposite of {x} is {y}.", "{x} is the reverse of {y}."),
+        drills=(
+            "Name the opposite of {x}.",
+            "Opposite of {x}?",
+            "{x} is the reverse of which word?",
         ),
-        Task(
-            name="opposite",
-            heading="Opposites",
-            items=tuple(_opposites()),
-            plain=("The opposite of {x} is {y}.", "{x} is the reverse of {y}.", "{x}: {y}"),
-            drills=("Name the opposite of {x}.", "Opposite of {x}?"),
-            chat=("What is the opposite of {x}?", "Tell me the opposite of the word {x}."),
-        ),
-        Task(
-            name="plural",
-            heading="Plurals",
-            items=tuple(_pairs(PLURALS)),
-            plain=("One {x}, two {y}.", "The plural of {x} is {y}.", "{x}: {y}"),
-            drills=("Name the plural of {x}.", "Plural of {x}?"),
-            chat=("What is the plural of {x}?", "Tell me the plural of the word {x}."),
-        ),
-        Task(
-            name="kind",
-            heading="Kinds",
-            items=tuple(_kinds()),
-            plain=("The {x} is a kind of {y}.", "Of every {y}, take the {x}.", "{x}: {y}"),
-            drills=("Name the kind of {x}.", "Kind of {x}?"),
-            chat=("What kind of thing is {x}?", "Tell me what kind of thing {x} is."),
-        ),
-        Task(
-            name="sum",
-            heading="Sums",
-            items=tuple(sums),
-            plain=("{x} makes {y}.", "{x} is {y}.", "{x} = {y}"),
-            drills=("Work out {x}.", "Sum {x}?"),
-            chat=("What is {x}?", "Please add up {x}."),
-        ),
-        Task(
-            name="next",
-            heading="Counting",
-            items=tuple((str(n), str(n + 1)) for n in range(200)),
-            plain=("After {x} we count {y}.", "{x} comes before {y}.", "{x}, {y}"),
-            drills=("Count on from {x}.", "Next to {x}?"),
-            chat=("What number comes after {x}?", "Tell me the number that follows {x}."),
-        ),
-        Task(
-            name="larger",
-            heading="Larger numbers",
-            items=tuple(_larger(rng, 2000)),
-            plain=("Of {x} the larger is {y}.", "Choose {x}, and {y} is more.", "{x}: {y}"),
-            drills=("Name the larger of {x}.", "Larger of {x}?"),
-            chat=("Which number is larger, {x}?", "Tell me which is the larger number, {x}."),
-        ),
-        Task(
-            name="sort",
-            heading="Sorted digits",
-            items=tuple(_sorted_digits(rng, 2000)),
-            plain=("In order, {x} is {y}.", "The digits {x} become {y}.", "{x}: {y}"),
-            drills=("Put in order {x}.", "Order of {x}?"),
-            chat=("Please sort the digits {x}.", "Write {x} from smallest to largest."),
-        ),
-    )
+        chat=("What is the opposite of {x}?", "Tell me the opposite of the word {x}."),
+    ),
+    Task(
+        name="plural",
+        heading="Plurals",
+        items=tuple(_pairs(PLURALS)),
+        plain=("One {x}, two {y}.", "The plural of {x} is {y}."),
+        drills=("Name the plural of {x}.", "Plural of {x}?", "One {x}, two of which?"),
+        chat=("What is the plural of {x}?", "Tell me the plural of the word {x}."),
+    ),
+    Task(
+        name="kind",
+        heading="Kinds",
+        items=tuple(_kinds()),
+        plain=("The {x} is a kind of {y}.", "Of every {y}, take the {x}."),
+        drills=("Name the kind of {x}.", "Kind of {x}?", "The {x} belongs to which kind?"),
+        chat=("What kind of thing is {x}?", "Tell me what kind of thing {x} is."),
+    ),
+    Task(
+        name="sum",
+        heading="Sums",
+        items=tuple((f"{a} + {b}", str(a + b)) for a in range(21) for b in range(21)),
+        plain=("{x} makes {y}.", "{x} is {y}."),
+        drills=("Work out {x}.", "Sum {x}?", "{x} makes which number?"),
+        chat=("What is {x}?", "Please add up {x}."),
+    ),
+    Task(
+        name="next",
+        heading="Counting",
+        items=tuple((str(n), str(n + 1)) for n in range(200)),
+        plain=("After {x} we count {y}.", "{x} comes before {y}."),
+        drills=("Count on from {x}.", "Next to {x}?", "{x} comes before which number?"),
+        chat=("What number comes after {x}?", "Tell me the number that follows {x}."),
+    ),
+    Task(
+        name="larger",
+        heading="Larger numbers",
+        items=tuple(_larger(_RNG, 2000)),
+        plain=("Of {x} the larger is {y}.", "Choose {x}, and {y} is more."),
+        drills=("Name the larger of {x}.", "Larger of {x}?", "{x}, of these which is more?"),
+        chat=("Which number is larger, {x}?", "Tell me which is the larger number, {x}."),
+    ),
+    Task(
+        name="sort",
+        heading="Sorted digits",
+        items=tuple(_sorted_digits(_RNG, 2000)),
+        plain=("In order, {x} is {y}.", "The digits {x} become {y}."),
+        drills=("Put in order {x}.", "Order of {x}?", "The digits {x} become which?"),
+        chat=("Please sort the digits {x}.", "Write {x} from smallest to largest."),
+    ),
+)

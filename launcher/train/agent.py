@@ -1,0 +1,61 @@
+"""Start this machine's ranks by fork, after one import: `python -m launcher.train.agent N RUN...`
+
+The same ranks as `torchrun --standalone --nproc-per-node=N -m launcher.train RUN`, by the
+same elastic agent, but torch, transformers and trl are imported once and not once a rank,
+and children of a fork leave without C++ static destruction. CPU runs only: nothing that
+is imported may have touched CUDA before a fork, and that is not proven here
+(docs/decisions/0002-fork-on-cpu.md). Several runs go one after the other.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from launcher.runs.directory import RunDirectory
+
+MONITOR_SECONDS = 0.05
+
+
+def run_rank(folder: str) -> None:
+    """What each forked rank does."""
+    from launcher.train.__main__ import run_to_end
+
+    run_to_end(RunDirectory(Path(folder)), forked=True)
+
+
+def start(ranks: int, folder: str) -> int:
+    """Run one directory's ranks to their end; 0 where all succeeded."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=Path(folder).name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=MONITOR_SECONDS,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(config, run_rank)(folder)
+    except ChildFailedError as error:
+        # The ranks have recorded their own errors; this one only says that there are some.
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Import once, then run each directory."""
+    import launcher.train.session  # noqa: F401 - what the ranks inherit
+
+    ranks, *folders = arguments
+    return max(start(int(ranks), folder) for folder in folders)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
