@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
     PREEMPTED = 75
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 - a refusal is an answer, not a fault
     """A refusal with its reason and its fix.
 
     Args:
@@ -33,9 +33,7 @@ class Refusal(Exception):
 
     exit_code = ExitCode.BAD_SPEC
 
-    def __init__(
-        self, code: str, what: str, *, why: str = "", fix: str, source: str = ""
-    ) -> None:
+    def __init__(self, code: str, what: str, *, why: str = "", fix: str, source: str = "") -> None:
         super().__init__(what)
         self.code = code
         self.what = what

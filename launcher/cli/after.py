@@ -20,7 +20,9 @@ def generate(run_name: str | None, prompt: str, max_new_tokens: int) -> int:
     run = find_run(run_name)
     if not run.final.is_dir():
         raise SpecError(
-            "not_finished", f"{run.path} has no final model", fix=f"see: sftlaunch status {run.path}"
+            "not_finished",
+            f"{run.path} has no final model",
+            fix=f"see: sftlaunch status {run.path}",
         )
     # A process of its own: this one must not import torch.
     argv = [
@@ -34,5 +36,7 @@ def generate(run_name: str | None, prompt: str, max_new_tokens: int) -> int:
     finished = subprocess.run(argv, check=False, stderr=subprocess.PIPE, text=True)
     if finished.returncode:
         last = (finished.stderr.strip().splitlines() or ["no output"])[-1]
-        raise SpecError("generate", f"generation failed: {last}", fix="check the run's final folder")
+        raise SpecError(
+            "generate", f"generation failed: {last}", fix="check the run's final folder"
+        )
     return ExitCode.DONE

@@ -101,7 +101,7 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return ExitCode.DONE
-    except Exception as error:  # noqa: BLE001 - users never see a traceback unasked
+    except Exception as error:
         return _defect(error, as_json)
     return int(code or 0)
 

@@ -18,6 +18,7 @@ from launcher.render.torchrun import launch_environment
 from launcher.runs.directory import RunDirectory, read_lines
 from launcher.runs.failures import Failure
 
+SHOWN_CHARACTERS = 60
 PLAIN_INTERVAL_SECONDS = 5.0
 LIVE_INTERVAL_SECONDS = 0.25
 
@@ -54,9 +55,7 @@ class Progress:
             click.echo("", err=True)
 
 
-def follow(
-    plan: Plan, run: RunDirectory, output: str, cpu_count: int, as_json: bool
-) -> ExitCode:
+def follow(plan: Plan, run: RunDirectory, output: str, cpu_count: int, as_json: bool) -> ExitCode:
     """Launch, show, and say how it ended."""
     progress = Progress(run)
     click.echo("", err=True)
@@ -111,9 +110,8 @@ def _result(plan: Plan, run: RunDirectory, output: str) -> list[tuple[str, str]]
         found.append(
             (
                 "held out",
-                f"exact match {before['exact_match']:.1%} before, {after['exact_match']:.1%} "
-                f"after ({after['held_out_rows']} rows; {after['stopped']:.1%} of the answers "
-                "stopped by themselves)",
+                f"exact match {before['exact_match']:.1%} before, {after['exact_match']:.1%} after"
+                f" ({after['held_out_rows']} rows); {after['stopped']:.1%} of the answers stopped",
             )
         )
     found += [("sample", text) for text in _samples(run)]
@@ -128,6 +126,12 @@ def _samples(run: RunDirectory) -> list[str]:
     for sample in read_lines(run.samples):
         answers.setdefault(sample["prompt"], []).append(sample)
     return [
-        f"{prompt} -> {found[0]['answer']!r} before, {found[-1]['answer']!r} after"
+        f"{prompt} -> {_short(found[0]['answer'])} before, {_short(found[-1]['answer'])} after"
         for prompt, found in answers.items()
     ]
+
+
+def _short(answer: str) -> str:
+    """An answer on one line, cut where a base model did not stop."""
+    cut = answer if len(answer) <= SHOWN_CHARACTERS else f"{answer[:SHOWN_CHARACTERS]}..."
+    return repr(cut)

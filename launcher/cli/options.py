@@ -23,7 +23,7 @@ BUILT_IN_RECIPE = "tiny"
 DEFAULT_SPEC = "sft.yaml"
 
 
-class MicroBatch(click.ParamType):
+class MicroBatch(click.ParamType[Any]):
     """A positive integer, or `auto`."""
 
     name = "N|auto"
@@ -70,7 +70,13 @@ OPTIONS: tuple[tuple[str, str, Any, str | None, str], ...] = (
         "Sequences per GPU per forward.",
     ),
     ("--output", "output", str, "DIR", "The run directory."),
-    ("--device", "hardware.device", click.Choice(("cuda", "cpu")), None, "cuda, or cpu to rehearse."),
+    (
+        "--device",
+        "hardware.device",
+        click.Choice(("cuda", "cpu")),
+        None,
+        "cuda, or cpu to rehearse.",
+    ),
 )
 
 

@@ -33,7 +33,9 @@ def init(model: str, dataset: str, method: str) -> int:
     """Write a first sft.yaml, and the schema that editors complete it with."""
     target = Path("sft.yaml")
     if target.exists():
-        raise SpecError("spec_exists", "sft.yaml is already here", fix="edit it, or remove it first")
+        raise SpecError(
+            "spec_exists", "sft.yaml is already here", fix="edit it, or remove it first"
+        )
     values = {"model": model, "dataset": dataset, "method": method}
     quoted = {key: yaml.safe_dump(value).split("\n")[0] for key, value in values.items()}
     try:
@@ -69,7 +71,9 @@ def recipes() -> int:
         spec = folder / "sft.yaml"
         if spec.is_file():
             first = spec.read_text(encoding="utf-8").splitlines()
-            comment = next((line for line in first if line.startswith("# ") and "$schema" not in line), "")
+            comment = next(
+                (line for line in first if line.startswith("# ") and "$schema" not in line), ""
+            )
             click.echo(f"{folder.name:<12} {comment.removeprefix('# ')}")
             click.echo(f"{'':<12} sftlaunch {spec}")
     return ExitCode.DONE

@@ -19,9 +19,7 @@ def find_run(name: str | None) -> RunDirectory:
     if name is None:
         runs = known_runs()
         if not runs:
-            raise SpecError(
-                "no_runs", "there are no runs below ./runs", fix="name a run directory"
-            )
+            raise SpecError("no_runs", "there are no runs below ./runs", fix="name a run directory")
         return runs[-1]
     for path in (Path(name), RUNS / name):
         run = RunDirectory(path)

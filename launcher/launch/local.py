@@ -103,7 +103,7 @@ def launch(
 
 
 def start_argv(plan: Plan) -> list[str]:
-    """argv that starts the planned ranks on this machine.
+    """Argv that starts the planned ranks on this machine.
 
     The planned torchrun line on GPUs. On CPU the same ranks are forked after one import,
     and a single rank needs no agent (docs/decisions/0002-fork-on-cpu.md).

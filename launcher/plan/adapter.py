@@ -72,8 +72,7 @@ _NO_8BIT_SHARDING = Rule(
     source="bitsandbytes 0.50: Int8Params keeps a packed state that shards lose",
 )
 _ZERO3_REENTRANT = (
-    "ZeRO-3 with PEFT and checkpointing fails unless it is reentrant "
-    "(transformers#47254, trl#6356)"
+    "ZeRO-3 with PEFT and checkpointing fails unless it is reentrant (transformers#47254, trl#6356)"
 )
 _UNPROVEN_HSDP = Rule(
     "refused",
@@ -195,8 +194,10 @@ def decide_adapter(
     """
     _refuse_quantised_full(method, quantization)
     rule = adapter_rule(strategy, method, quantization)
-    name = method if quantization in ("none", METHODS[method].quantization) else (
-        f"{method} on {quantization}"
+    name = (
+        method
+        if quantization in ("none", METHODS[method].quantization)
+        else (f"{method} on {quantization}")
     )
     if rule.status == "refused":
         raise PlanRefused(

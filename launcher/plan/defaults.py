@@ -60,10 +60,7 @@ def resolve(spec: Spec, facts: Facts, device: str) -> tuple[Spec, dict[str, Any]
     fill = Defaults(spec)
     method = METHODS[spec.method]
     quantization = fill.fill("quantization", method.quantization)
-    lora = {
-        name: fill.fill(f"lora.{name}", ADAPTER_DEFAULTS[name])
-        for name in method.uses
-    }
+    lora = {name: fill.fill(f"lora.{name}", ADAPTER_DEFAULTS[name]) for name in method.uses}
     resolved = spec.model_copy(
         update={
             "quantization": quantization,

@@ -88,9 +88,7 @@ def forecast_memory(inputs: MemoryInputs | None, facts: Facts, batch: Batch) -> 
     )
 
 
-def refuse_if_too_large(
-    memory: Memory, facts: Facts, spec: Spec, strategy: str
-) -> None:
+def refuse_if_too_large(memory: Memory, facts: Facts, spec: Spec, strategy: str) -> None:
     """Refuse what even the lower end of the interval says cannot fit.
 
     Raises:
@@ -163,6 +161,4 @@ def forecast_time(
         trained_parameters=trained,
         flops=flops,
     )
-    return Time(
-        duration.steps, duration.seconds_per_step, duration.total_seconds, duration.basis
-    )
+    return Time(duration.steps, duration.seconds_per_step, duration.total_seconds, duration.basis)

@@ -98,7 +98,7 @@ def make_plan(spec: Spec, facts: Facts) -> Planned:
 
 
 def mixed_precision(spec: Spec) -> str:
-    """accelerate's name for the precision."""
+    """Accelerate's name for the precision."""
     if spec.training.bf16:
         return "bf16"
     return "fp16" if spec.training.fp16 else "no"
@@ -169,9 +169,7 @@ def _refuse_contradiction(spec: Spec) -> None:
         )
 
 
-def _explicit(
-    spec: Spec, strategy: str, topology: Topology, batch: Batch, dtype: str
-) -> Spec:
+def _explicit(spec: Spec, strategy: str, topology: Topology, batch: Batch, dtype: str) -> Spec:
     """The resolved spec with strategy, hardware and batch as decided."""
     return spec.model_copy(
         update={

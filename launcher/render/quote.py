@@ -14,12 +14,14 @@ def shell_line(argv: Iterable[str]) -> str:
 def shell_block(argv: Iterable[str]) -> str:
     """The same, one option a line, for scripts that people read."""
     lines: list[str] = []
+    option_open = False
     for argument in argv:
         quoted = shlex.quote(argument)
-        if lines and not argument.startswith("-") and len(lines[-1]) < 60 and len(lines) == 1:
+        if option_open and not argument.startswith("-"):
             lines[-1] += f" {quoted}"
         else:
             lines.append(quoted)
+        option_open = argument.startswith("-") and "=" not in argument
     return " \\\n  ".join(lines)
 
 

@@ -77,7 +77,7 @@ def _entries(
 def _method(plan: Plan, spec: Spec) -> str:
     if plan.adapter.adapter_dtype is None:
         return f"{spec.method}, learning rate {spec.training.learning_rate:g}"
-    parts = [spec.method]
+    parts: list[str] = [spec.method]
     if spec.lora.rank:
         parts.append(f"rank {spec.lora.rank}")
     if spec.lora.virtual_tokens:

@@ -15,7 +15,7 @@ HEAD_NODE = "HEAD_NODE:29500"
 
 
 def torchrun_argv(topology: Topology, run_directory: str, run_name: str) -> tuple[str, ...]:
-    """argv that starts this node's ranks.
+    """Argv that starts this node's ranks.
 
     Args:
         topology: ranks and nodes.
@@ -66,7 +66,9 @@ def command_script(
     if topology.device == "cpu":
         nodes = "# On CPU sftlaunch starts the same ranks by fork: one import for all of them.\n"
     if topology.nodes > 1:
-        nodes = f"# Run it on each of the {topology.nodes} nodes, HEAD_NODE replaced by the first.\n"
+        nodes = (
+            f"# Run it on each of the {topology.nodes} nodes, HEAD_NODE replaced by the first.\n"
+        )
     return (
         "#!/usr/bin/env bash\n"
         f"# Made by sftlaunch {__version__}. Starts the ranks of one node.\n"

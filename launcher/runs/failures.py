@@ -94,7 +94,7 @@ PATTERNS = (
         "huggingface_hub",
     ),
     Pattern(
-        r"DataLoader worker .* (killed|bus error)|Bus error|unable to (open|allocate) shared memory",
+        r"DataLoader worker .* killed|Bus error|unable to (open|allocate) shared memory",
         "shared memory is full",
         "raise /dev/shm (Docker: --shm-size or --ipc=host)",
         "torchtitan#853",

@@ -166,9 +166,7 @@ def _syntax_error(error: yaml.YAMLError, origin: str) -> SpecError:
     place = f"{origin}:{mark.line + 1}" if mark else origin
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     if "\\t" in problem:
-        return SpecError(
-            "bad_yaml", f"{place}: a tab in the indentation", fix="indent with spaces"
-        )
+        return SpecError("bad_yaml", f"{place}: a tab in the indentation", fix="indent with spaces")
     return SpecError("bad_yaml", f"{place}: {problem}", fix="correct the YAML on that line")
 
 
@@ -284,9 +282,11 @@ def _explain(
 
 def _expectation(problem: Mapping[str, Any]) -> str:
     text = str(problem["msg"]).removeprefix("Value error, ")
-    return text[0].lower() + text[1:].replace("Input should be", "should be").replace(
-        "Input", "value"
-    ) if not text.startswith("Input") else text.replace("Input should be", "it should be")
+    return (
+        text[0].lower() + text[1:].replace("Input should be", "should be").replace("Input", "value")
+        if not text.startswith("Input")
+        else text.replace("Input should be", "it should be")
+    )
 
 
 def _value_fix(problem: Mapping[str, Any], name: str, given: Any) -> str:
@@ -394,7 +394,7 @@ def _is_model(candidate: object) -> bool:
 
 
 def _real_key(loc: Sequence[str | int], data: Any) -> Key:
-    """pydantic's location without the names of union members, which users never wrote."""
+    """Pydantic's location without the names of union members, which users never wrote."""
     key: list[str | int] = []
     for part in loc:
         known = (isinstance(data, dict) and part in data) or (

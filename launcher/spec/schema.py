@@ -105,9 +105,7 @@ class BatchSpec(Section):
 class TrainingSpec(Section):
     """Hyperparameters. Any other `SFTConfig` field may stand here too, by its own name."""
 
-    model_config = ConfigDict(
-        extra="allow", frozen=True, strict=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, protected_namespaces=())
 
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     num_train_epochs: Annotated[float, Field(gt=0)] | None = None

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
         run_to_end(RunDirectory(Path(arguments[0]).resolve()))
     except KeyboardInterrupt:
         finish(INTERRUPTED_EXIT)
-    except BaseException:  # noqa: BLE001 - recorded and printed by run_to_end
+    except BaseException:
         finish(1)
     finish(0)
 
@@ -49,8 +49,7 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
     open_rank_log(run, attempt)
     try:
         plan = plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
-        if forked and plan.topology.device != "cpu":
-            raise RuntimeError("ranks on GPUs are started by torchrun, not by fork")
+        check_start(plan, forked)
         set_environment(plan, run)
         from launcher.train.session import train
 
@@ -62,6 +61,16 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def check_start(plan: Plan, forked: bool) -> None:
+    """A fork after CUDA was touched hangs or crashes, so GPU ranks are never forked.
+
+    Raises:
+        RuntimeError: where a GPU plan reached the fork agent.
+    """
+    if forked and plan.topology.device != "cpu":
+        raise RuntimeError("ranks on GPUs are started by torchrun, not by fork")
 
 
 def open_rank_log(run: RunDirectory, attempt: int) -> None:

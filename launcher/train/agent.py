@@ -1,4 +1,4 @@
-"""Start this machine's ranks by fork, after one import: `python -m launcher.train.agent N RUN...`
+"""Start ranks by fork after one import: `python -m launcher.train.agent N RUN...`.
 
 The same ranks as `torchrun --standalone --nproc-per-node=N -m launcher.train RUN`, by the
 same elastic agent, but torch, transformers and trl are imported once and not once a rank,

@@ -43,7 +43,12 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
             self.run.update_status(last_checkpoint=f"checkpoint-{state.global_step}")
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         """One line for a logged step."""
         if not state.is_world_process_zero or not logs:

@@ -19,7 +19,7 @@ def json_kinds(annotation: object) -> list[str]:
     if annotation is typing.Any:
         return ["any"]
     if annotation in KINDS:
-        return [KINDS[annotation]]  # type: ignore[index]
+        return [KINDS[annotation]]
     origin = typing.get_origin(annotation)
     if origin is list or annotation is list:
         return ["list"]

@@ -33,7 +33,7 @@ def model_init_kwargs(plan: Plan) -> dict[str, Any]:
 
 
 def quantization_config(plan: Plan) -> Any:
-    """bitsandbytes configuration, or None.
+    """Bitsandbytes configuration, or None.
 
     The storage dtype is the adapter rules' business: FSDP and ZeRO-3 shard 4-bit weights
     only where they are stored in the dtype of the other parameters.

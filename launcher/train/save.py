@@ -87,7 +87,8 @@ def check_saved(folder: Path, *, adapter: bool) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+            names = tensors.keys()  # noqa: SIM118 - no mapping: it cannot be iterated
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     if not shapes:
         raise IncompleteSaveError(f"no tensors were saved to {folder.name}")
     empty = [name for name, shape in shapes.items() if 0 in shape]

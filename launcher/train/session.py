@@ -162,13 +162,13 @@ class Examiner:
         if held_out:
             pairs = list(zip(found[len(self.prompts) :], held_out, strict=True))
             right = sum(answer == reference.strip() for (answer, _), (_, reference) in pairs)
-            stopped = sum(ended for (_, ended), _ in pairs)
+            ended = sum(stopped for (_, stopped), _ in pairs)
             append_line(
                 self.run.metrics,
                 {
                     "step": step,
                     "exact_match": right / len(pairs),
-                    "stopped": stopped / len(pairs),
+                    "stopped": ended / len(pairs),
                     "held_out_rows": len(pairs),
                 },
             )
@@ -177,5 +177,3 @@ class Examiner:
 def _stage(run: RunDirectory, stage: str, **changes: Any) -> None:
     if rank_of() == 0:
         run.update_status(stage=stage, **changes)
-
-
