@@ -42,10 +42,11 @@ test-all: lint ## the same with the long matrices
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 bench: $(VENV)/.train ## figures of docs/ and bench/, made again
-	$(BIN)/python bench/startup.py
-	$(BIN)/python bench/first_step.py
-	$(BIN)/python bench/matrix.py
-	$(BIN)/python bench/parity.py
+	$(BIN)/python -m bench.startup
+	$(BIN)/python -m bench.first_step
+	$(BIN)/python -m bench.matrix --write
+	$(BIN)/python -m bench.parity --write
+	$(BIN)/python -m bench.exits
 
 fields: $(VENV)/.train ## the list of SFTConfig fields, after TRL moved
 	$(BIN)/python -m launcher.train.fields > launcher/spec/sft_fields.json

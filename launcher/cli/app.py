@@ -87,9 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
-    color = False if os.environ.get("NO_COLOR") else None
     try:
-        code: Any = cli.main(arguments, prog_name="sftlaunch", standalone_mode=False, color=color)
+        code: Any = cli.main(
+            arguments, prog_name="sftlaunch", standalone_mode=False, color=_color()
+        )
     except Refusal as refusal:
         return _refuse(refusal.as_json(), str(refusal), refusal.exit_code, as_json)
     except click.exceptions.Exit as leave:
@@ -106,8 +107,14 @@ def _run(arguments: list[str]) -> int:
     return int(code or 0)
 
 
+def _color() -> bool | None:
+    """False under NO_COLOR; None leaves it to Click, which asks whether it is a terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def _refuse(record: dict[str, str], text: str, code: ExitCode, as_json: bool) -> int:
-    click.secho("error: ", fg="red", nl=False, err=True)
+    # Outside a command's context, which would know the colour.
+    click.secho("error: ", fg="red", nl=False, err=True, color=_color())
     click.echo(" ".join(text.split()), err=True)
     if as_json:
         click.echo(json.dumps({"error": record}))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from launcher.errors import EnvironmentNotReady, ExitCode
+from launcher.launch.processes import MARK, end_all
 from launcher.plan.types import Plan
+from launcher.render.quote import shell_line
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import Failure, find_failure
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 30.0
+# After a stop was asked for, and for stragglers after the agent has ended by itself.
+STOP_GRACE_SECONDS = 30.0
+END_GRACE_SECONDS = 2.0
 
 
 def check_environment(plan: Plan, present_gpus: int) -> None:
@@ -82,13 +87,17 @@ def launch(
     attempt = int(run.read_status().get("attempt") or 0) + 1
     run.logs(attempt).mkdir(parents=True, exist_ok=True)
     run.update_status(state="running", attempt=attempt, stage="starting", error=None)
-    with run.launcher_log(attempt).open("ab") as log:
+    argv = start_argv(plan)
+    with run.launcher_log(attempt).open("ab") as log, _stop_signals():
+        log.write(f"{shell_line(argv)}\n".encode())
+        log.flush()
         process = subprocess.Popen(
-            start_argv(plan),
+            argv,
             env={
                 **os.environ,
                 **environment,
                 "SFTLAUNCH_ATTEMPT": str(attempt),
+                MARK: str(run.path),
                 # Ranks import this very package, also from a checkout.
                 "PYTHONPATH": _python_path(),
             },
@@ -97,7 +106,7 @@ def launch(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        code = _watch(process, on_poll)
+        code = _watch(process, run, on_poll)
     on_poll()
     return _outcome(run, attempt, code)
 
@@ -125,40 +134,34 @@ def _python_path() -> str:
     return os.pathsep.join(part for part in (package_parent, inherited) if part)
 
 
-def _watch(process: subprocess.Popen[bytes], on_poll: Callable[[], None]) -> int:
-    """Wait; on the first Ctrl-C ask all ranks to stop, on the second end them."""
+def _watch(process: subprocess.Popen[bytes], run: RunDirectory, on_poll: Callable[[], None]) -> int:
+    """Wait for the end. Whatever ends the wait, no process of the run outlives it."""
+    grace = STOP_GRACE_SECONDS
     try:
         while (code := process.poll()) is None:
             on_poll()
             time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt:
-        stop(process)
-        raise
+        grace = END_GRACE_SECONDS
+        return code
     finally:
-        _end_group(process)
-    return code
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the group to stop, and end it where it does not within the grace time."""
-    _signal_group(process, signal.SIGTERM)
-    try:
-        process.wait(GRACE_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        _signal_group(process, signal.SIGKILL)
+        end_all(str(run.path), grace)
         process.wait()
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """No process of the run outlives it."""
-    _signal_group(process, signal.SIGKILL)
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop a run as Ctrl-C does, instead of orphaning its ranks."""
 
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
 
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        os.killpg(process.pid, number)
-    except (ProcessLookupError, PermissionError):
-        return
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _outcome(run: RunDirectory, attempt: int, code: int) -> tuple[ExitCode, Failure | None]:

@@ -154,14 +154,24 @@ RULES: dict[str, dict[str, Rule]] = {
     "8bit": _INT8,
 }
 
-# Methods that not every strategy can run; everything absent here follows `RULES`.
-METHOD_RULES: dict[tuple[str, str], Rule] = {}
-
-
-def _refuse_row(families: tuple[str, ...], strategies: tuple[str, ...], rule: Rule) -> None:
-    for family in families:
-        for strategy in strategies:
-            METHOD_RULES[family, strategy] = rule
+_SHARDING = ("zero3", "fsdp", "fsdp1", "hsdp")
+_PROMPT_REFUSED = Rule(
+    "refused",
+    why="its virtual tokens are looked up outside the sharded layers, which fails or hangs",
+    fix="use strategy ddp, zero1 or zero2, or method lora",
+    source="run with PEFT 0.21: mixed DTensor error (fsdp), hang (zero3, fsdp1)",
+)
+_DORA_FSDP1_REFUSED = Rule(
+    "refused",
+    why="DoRA reads whole weight matrices, which FSDP1 has flattened",
+    fix="use strategy fsdp, or method lora",
+    source="run with PEFT 0.21: IndexError in DoRA's forward",
+)
+# Families of methods that not every strategy can run; what is absent follows `RULES`.
+METHOD_RULES: dict[tuple[str, str], Rule] = {
+    **{("prompt", strategy): _PROMPT_REFUSED for strategy in _SHARDING},
+    ("dora", "fsdp1"): _DORA_FSDP1_REFUSED,
+}
 
 
 def weights_family(method: str, quantization: str) -> str:

@@ -162,20 +162,6 @@ def targets(case: Case) -> Refusal | None:
     )
 
 
-def unused_lora_keys(case: Case) -> Refusal | None:
-    """Adapter keys that the method would ignore."""
-    uses = _uses(case)
-    for name in case.spec.lora.model_fields_set:
-        if name not in uses and getattr(case.spec.lora, name) is not None:
-            method = case.spec.method
-            return SpecError(
-                "unused_key",
-                f"lora.{name} means nothing to method {method}",
-                fix=f"remove it{'; ' + method + ' uses ' + ', '.join(uses) if uses else ''}",
-            )
-    return None
-
-
 def optimizer(case: Case) -> Refusal | None:
     """Optimizers that an engine drops or breaks."""
     name = case.spec.training.optim or ""
@@ -235,7 +221,6 @@ CHECKS: tuple[Callable[[Case], Refusal | None], ...] = (
     chat_template,
     loss_rule,
     targets,
-    unused_lora_keys,
     optimizer,
     held_out,
     prefix_checkpointing,
@@ -252,6 +237,15 @@ def advise(case: Case, batch: Batch) -> tuple[Advice, ...]:
                 "small_dataset",
                 f"{rows} rows are fewer than one global batch of {batch.global_batch_size}",
                 "use a smaller --global-batch-size",
+            )
+        )
+    unused = _unused_lora_keys(case)
+    if unused:
+        found.append(
+            Advice(
+                "unused_keys",
+                f"lora.{', lora.'.join(unused)}: method {case.spec.method} does not use them",
+                "remove them from the spec",
             )
         )
     if (case.strategy, case.device) == ("fsdp1", "cpu"):
@@ -272,6 +266,12 @@ def advise(case: Case, batch: Batch) -> tuple[Advice, ...]:
             )
         )
     return tuple(found)
+
+
+def _unused_lora_keys(case: Case) -> list[str]:
+    """Adapter keys that were said and mean nothing to the method."""
+    said, uses = case.spec.lora.model_dump(exclude_none=True), _uses(case)
+    return sorted(name for name in said if name not in uses)
 
 
 def _uses(case: Case) -> tuple[str, ...]:

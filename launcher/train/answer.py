@@ -35,14 +35,12 @@ def load_final(run: RunDirectory) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def main(folder: str, prompt: str, max_new_tokens: str) -> None:
-    """Print the answer to standard output."""
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """The greedy answer to a prompt, rendered as in training."""
     import torch
 
-    model, tokenizer = load_final(RunDirectory(Path(folder)))
-    text = render_prompt(tokenizer, prompt)
     inputs = tokenizer(
-        text,
+        render_prompt(tokenizer, prompt),
         return_tensors="pt",
         add_special_tokens=tokenizer.chat_template is None,
         return_token_type_ids=False,
@@ -50,12 +48,19 @@ def main(folder: str, prompt: str, max_new_tokens: str) -> None:
     with torch.no_grad():
         tokens = model.generate(
             **inputs,
-            max_new_tokens=int(max_new_tokens),
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
     new = tokens[0, inputs["input_ids"].shape[1] :]
-    sys.stdout.write(tokenizer.decode(new, skip_special_tokens=True).strip() + "\n")
+    text: str = tokenizer.decode(new, skip_special_tokens=True)
+    return text.strip()
+
+
+def main(folder: str, prompt: str, max_new_tokens: str) -> None:
+    """Print the answer to standard output."""
+    model, tokenizer = load_final(RunDirectory(Path(folder)))
+    sys.stdout.write(answer(model, tokenizer, prompt, int(max_new_tokens)) + "\n")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def check_saved(folder: Path, *, adapter: bool) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            names = tensors.keys()  # noqa: SIM118 - no mapping: it cannot be iterated
+            names = tensors.keys()
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     if not shapes:
         raise IncompleteSaveError(f"no tensors were saved to {folder.name}")

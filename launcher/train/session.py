@@ -78,7 +78,7 @@ def train(plan: Plan, run: RunDirectory) -> None:
     with arguments.main_process_first(desc="dataset"):
         rows, held_out = load_rows(plan.worker.dataset, arguments.seed)
     _stage(run, "loading the model")
-    trainer = make_trainer(plan, arguments, tokenizer, rows, held_out)
+    trainer = make_trainer(plan, run, arguments, tokenizer, rows, held_out)
     trainer.add_callback(RecordCallback(run))
     examiner = Examiner(plan, run, trainer, tokenizer, held_out)
     trainer.add_callback(SamplesCallback(plan.worker.samples["every_steps"], examiner.examine))
@@ -103,7 +103,9 @@ def sft_config(plan: Plan, run: RunDirectory) -> Any:
     )
 
 
-def make_trainer(plan: Plan, arguments: Any, tokenizer: Any, rows: Any, held_out: Any) -> Any:
+def make_trainer(
+    plan: Plan, run: RunDirectory, arguments: Any, tokenizer: Any, rows: Any, held_out: Any
+) -> Any:
     """The trainer, which checks its engine as soon as the model is wrapped."""
     trainer = CheckedTrainer(
         model=plan.worker.model["path"],
@@ -121,7 +123,7 @@ def make_trainer(plan: Plan, arguments: Any, tokenizer: Any, rows: Any, held_out
 
     def prepare_and_check(*args: Any, **kwargs: Any) -> Any:
         model, loader = prepare(*args, **kwargs)
-        check_engine(plan, trainer.model_wrapped)
+        _stage(run, "training", engine=check_engine(plan, trainer.model_wrapped))
         return model, loader
 
     trainer._prepare_for_training = prepare_and_check  # noqa: SLF001

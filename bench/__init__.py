@@ -1,0 +1,1 @@
+"""Measurements that anyone can make again; the tests run slices of them."""

@@ -1,0 +1,106 @@
+"""When a rank fails, is killed, or the user stops the run: what is said and what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.cells import Cell, prepare
+from launcher.launch.processes import members
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+PROGRAM = str(Path(sys.executable).with_name("sftlaunch"))
+TWO_RANKS = ["--gpus", "2", "--strategy", "ddp", "--device", "cpu", "--output", "run"]
+QUIET = ["--set", "evaluation.exact_match=false", "--set", "samples.prompts=[]"]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [PROGRAM, *TWO_RANKS, *QUIET, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(folder: Path, process: subprocess.Popen) -> None:
+    metrics = folder / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "run/status.json").read_text())
+
+
+def test_the_first_failing_ranks_own_error_is_shown(tmp_path) -> None:
+    process = start(tmp_path, "--set", "training.lr_scheduler_type=sideways")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "failed first: ValueError: 'sideways' is not a valid SchedulerType" in err
+    assert "ChildFailedError" not in out + err
+    assert "Traceback" not in out + err
+    log = err.rsplit("full log: ", 1)[1].strip()
+    assert "Traceback" in (tmp_path / log).read_text()
+    assert status(tmp_path)["state"] == "failed"
+    assert members(str(tmp_path / "run")) == []
+
+
+def test_a_killed_rank_ends_the_run(tmp_path) -> None:
+    process = start(tmp_path)
+    wait_for_step(tmp_path, process)
+    os.kill(max(members(str(tmp_path / "run"))), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error:" in err
+    assert status(tmp_path)["state"] == "failed"
+    assert members(str(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_no_process(tmp_path, number) -> None:
+    process = start(tmp_path)
+    wait_for_step(tmp_path, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert status(tmp_path)["state"] == "failed"
+    assert members(str(tmp_path / "run")) == []
+
+
+def test_another_number_of_ranks_than_planned_is_refused(tmp_path) -> None:
+    run, variables = prepare(Cell("ddp", "lora", 2, 4), tmp_path)
+    argv = [sys.executable, "-m", "launcher.train", str(run.path)]
+    environment = {**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(argv, env=environment, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 1
+    error = json.loads(run.rank_error(1, 0).read_text())
+    assert "1 ranks were started, 2 were planned" in error["message"]
+
+
+def test_torchrun_by_hand_runs_the_same_directory(tmp_path) -> None:
+    run, variables = prepare(Cell("ddp", "lora", 2, 4), tmp_path)
+    environment = {**os.environ, **variables}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    script = str(run.path / "command.sh")
+    done = subprocess.run(
+        ["bash", script], env=environment, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert run.read_status()["state"] == "completed"
+    assert len([m for m in run.read_metrics() if "loss" in m]) == 3
