@@ -1,4 +1,4 @@
-"""What people write by hand: SFTTrainer with LoRA, for `torchrun hand_written.py MODEL ROWS OUT`."""
+"""What people write by hand: SFTTrainer with LoRA. `torchrun hand_written.py MODEL ROWS OUT`."""
 
 import sys
 

@@ -22,7 +22,7 @@ def main(folders: list[str]) -> None:
         try:
             model, tokenizer = load_final(RunDirectory(Path(folder)))
             answers[folder] = {"answer": answer(model, tokenizer, PROMPT, 8)}
-        except Exception as error:  # noqa: BLE001 - the table says which and why
+        except Exception as error:
             answers[folder] = {"error": f"{type(error).__name__}: {error}"}
     sys.stdout.write(json.dumps(answers))
 

@@ -35,6 +35,7 @@ class Decided:
 
 
 @click.command(context_settings={"max_content_width": 100})
+@click.option("--dry-run", is_flag=True, expose_value=False, help="What plan does anyway.")
 @plan_options
 def plan(**arguments: Any) -> int:
     """Say what would happen: strategy, batch, memory, time, files, command.
@@ -112,8 +113,8 @@ def show(decided: Decided, request: Request, *, to_stderr: bool = False) -> None
         width=shutil.get_terminal_size((100, 24)).columns,
     )
     for line in lines:
-        color = "yellow" if line.startswith("warning") else None
-        click.secho(line, fg=color, err=to_stderr)
+        styled = click.style(line, fg="yellow") if line.startswith("warning") else line
+        click.echo(styled, err=to_stderr)
 
 
 def free_name(output: str) -> str:
@@ -131,22 +132,9 @@ def claim_output(decided: Decided) -> RunDirectory:
     Raises:
         SpecError: the folder is taken, or cannot be written.
     """
-    path = Path(os.path.abspath(decided.output))  # noqa: PTH100 - keeps links
-    run_directory = RunDirectory(path)
-    if run_directory.exists():
-        raise SpecError(
-            "output_taken",
-            f"{decided.output} holds another run",
-            why="a run is never overwritten",
-            fix=f"use --output {free_name(decided.output)}, or remove the folder",
-        )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise SpecError(
-            "output_taken",
-            f"{decided.output} exists and is no empty folder",
-            fix=f"use --output {free_name(decided.output)}",
-        )
+    run_directory = RunDirectory(Path(os.path.abspath(decided.output)))  # noqa: PTH100 - keeps links
     try:
+        _refuse_taken(run_directory, decided.output)
         run_directory.create(run_files(decided.plan))
         run_directory.update_status(state="planned", attempt=0)
     except OSError as error:
@@ -156,6 +144,23 @@ def claim_output(decided: Decided) -> RunDirectory:
             fix="use --output with a folder that you may write",
         ) from None
     return run_directory
+
+
+def _refuse_taken(run_directory: RunDirectory, output: str) -> None:
+    path = run_directory.path
+    if run_directory.exists():
+        raise SpecError(
+            "output_taken",
+            f"{output} holds another run",
+            why="a run is never overwritten",
+            fix=f"use --output {free_name(output)}, or remove the folder",
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SpecError(
+            "output_taken",
+            f"{output} exists and is no empty folder",
+            fix=f"use --output {free_name(output)}",
+        )
 
 
 def _refuse_unready(request: Request) -> None:

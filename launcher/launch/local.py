@@ -58,12 +58,15 @@ def _check_packages(plan: Plan) -> None:
         needed.append("bitsandbytes")
     if plan.strategy.startswith("zero"):
         needed.append("deepspeed")
+    trackers = plan.worker.training_arguments["report_to"]
+    needed += trackers
     missing = [name for name in needed if find_spec(name) is None]
+    extra = [name for name in missing if name in trackers]
     if missing:
         raise EnvironmentNotReady(
             "packages",
             f"not installed: {', '.join(missing)}",
-            fix="pip install 'sftlaunch[train]'",
+            fix=f"pip install 'sftlaunch[train]' {' '.join(extra)}".rstrip(),
         )
 
 

@@ -37,7 +37,9 @@ METHODS: dict[str, MethodRow] = {
     "qlora": MethodRow("LORA", "lora", quantization="nf4", uses=_LORA),
     "dora": MethodRow("LORA", "dora", options=(("use_dora", True),), uses=_LORA),
     "rslora": MethodRow("LORA", "lora", options=(("use_rslora", True),), uses=_LORA),
-    "ia3": MethodRow("IA3", "ia3", uses=("target_modules",)),
+    # PEFT's own targets: with others its saved configuration may not load again (0.21:
+    # feedforward_modules must be a subset of target_modules).
+    "ia3": MethodRow("IA3", "ia3"),
     "prefix_tuning": MethodRow("PREFIX_TUNING", "prompt", uses=("virtual_tokens",)),
     "prompt_tuning": MethodRow("PROMPT_TUNING", "prompt", uses=("virtual_tokens",)),
 }

@@ -23,6 +23,7 @@ OPTIMIZER_LIMITS = (
     ("8bit", ("fsdp", "fsdp1", "hsdp"), "its state fails at the checkpoint", "bitsandbytes#1732"),
 )
 ALL_LINEAR = "all-linear"
+WITH_ANSWERS = ("messages", "prompt_completion", "alpaca")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,20 @@ def precision(case: Case) -> Refusal | None:
     return None
 
 
+def stored_quantised(case: Case) -> Refusal | None:
+    """Weights that lie quantised in the model's folder take no gradient."""
+    model = case.facts.model
+    if case.spec.method != "full" or model is None or model.quantized is None:
+        return None
+    return PlanRefused(
+        "quantised_full",
+        f"the weights of {model.path} are {model.quantized} and cannot be fully fine-tuned",
+        why="quantised weights take no gradient",
+        fix="use method lora, or the unquantised model",
+        source="transformers 5.23 Trainer: ValueError on quantised models without adapter",
+    )
+
+
 def length(case: Case) -> Refusal | None:
     """A length above the positions that the model knows."""
     model, asked = case.facts.model, case.spec.training.max_length
@@ -106,7 +121,8 @@ def chat_template(case: Case) -> Refusal | None:
     model, data = case.facts.model, case.facts.dataset
     if data is None or model is None or not data.conversational:
         return None
-    if model.has_chat_template is not False:
+    said = case.spec.training.sft_fields()
+    if model.has_chat_template is not False or said.get("chat_template_path"):
         return None
     return PlanRefused(
         "no_chat_template",
@@ -142,6 +158,10 @@ def targets(case: Case) -> Refusal | None:
     if asked is None or asked == ALL_LINEAR or "target_modules" not in _uses(case):
         return None
     names = [asked] if isinstance(asked, str) else list(asked)
+    if not any(names):
+        return PlanRefused(
+            "lora_targets", "lora.target_modules names nothing", fix=f"use {ALL_LINEAR}"
+        )
     if "lm_head" in names:
         return PlanRefused(
             "lora_targets",
@@ -202,6 +222,42 @@ def held_out(case: Case) -> Refusal | None:
     )
 
 
+def early_stopping(case: Case) -> Refusal | None:
+    """Patience counts evaluations, so there must be some."""
+    evaluation = case.spec.evaluation
+    if evaluation.early_stopping_patience is None or evaluation.every_steps is not None:
+        return None
+    return SpecError(
+        "early_stopping",
+        "evaluation.early_stopping_patience counts evaluations, and there are none on the way",
+        fix="set evaluation.every_steps",
+    )
+
+
+def answers_to_match(case: Case) -> Refusal | None:
+    """Exact match on rows that hold no answer of their own."""
+    data = case.facts.held_out or case.facts.dataset
+    if not case.spec.evaluation.exact_match or data is None or data.format in WITH_ANSWERS:
+        return None
+    return SpecError(
+        "exact_match",
+        f"evaluation.exact_match needs rows with an answer, {data.path} holds {data.format} rows",
+        fix=f"use rows of the formats {' or '.join(WITH_ANSWERS)}, or switch it off",
+    )
+
+
+def local_splits(case: Case) -> Refusal | None:
+    """A single file has no split to evaluate on."""
+    data, facts = case.spec.dataset, case.facts.dataset
+    if data is None or facts is None or data.eval_split is None:
+        return None
+    return SpecError(
+        "eval_split",
+        f"{data.path} is one file and has no split {data.eval_split}",
+        fix="use dataset.eval_path with a second file, or dataset.eval_share",
+    )
+
+
 def prefix_checkpointing(case: Case) -> Refusal | None:
     """Prefix tuning lives in the cache that checkpointing switches off."""
     if case.spec.method != "prefix_tuning" or not case.spec.training.gradient_checkpointing:
@@ -216,6 +272,7 @@ def prefix_checkpointing(case: Case) -> Refusal | None:
 
 CHECKS: tuple[Callable[[Case], Refusal | None], ...] = (
     precision,
+    stored_quantised,
     length,
     packing,
     chat_template,
@@ -223,6 +280,9 @@ CHECKS: tuple[Callable[[Case], Refusal | None], ...] = (
     targets,
     optimizer,
     held_out,
+    early_stopping,
+    answers_to_match,
+    local_splits,
     prefix_checkpointing,
 )
 

@@ -75,7 +75,7 @@ def training_arguments(
         "save_total_limit": spec.checkpoints.keep,
         "logging_steps": 1,
         "disable_tqdm": True,
-        "report_to": list(spec.trackers) or "none",
+        "report_to": list(spec.trackers),
         "assistant_only_loss": spec.loss == "assistant",
         "completion_only_loss": COMPLETION_ONLY[spec.loss or "all"],
     }
@@ -83,6 +83,8 @@ def training_arguments(
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": adapter.use_reentrant}
     if spec.evaluation.every_steps is not None:
         arguments |= {"eval_strategy": "steps", "eval_steps": spec.evaluation.every_steps}
+    if spec.evaluation.early_stopping_patience is not None:
+        arguments |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     if topology.device == "cpu":
         arguments |= {
             "use_cpu": True,

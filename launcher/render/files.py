@@ -15,6 +15,21 @@ from launcher.plan.engine import RUN_DIRECTORY
 from launcher.plan.make import Planned, spec_as_mapping
 from launcher.plan.types import Plan
 from launcher.render.torchrun import command_script, launch_environment, torchrun_argv
+from launcher.spec.load import FLOAT
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as 1e5, which PyYAML alone takes for text."""
+
+
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    """Line separators that PyYAML would fold away stand escaped, in double quotes."""
+    style = '"' if any(mark in value for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 def with_files(planned: Planned, run_directory: str, cpu_count: int) -> Plan:
@@ -29,10 +44,10 @@ def with_files(planned: Planned, run_directory: str, cpu_count: int) -> Plan:
     argv = torchrun_argv(plan.topology, run_directory, Path(run_directory).name)
     environment = launch_environment(plan.topology, cpu_count)
     files = {
-        "accelerate.yaml": _yaml(planned.engine.accelerate, run_directory),
+        "accelerate.yaml": yaml_text(_replaced(planned.engine.accelerate, run_directory)),
         "command.sh": command_script(argv, environment, plan.topology),
         "spec.yaml": f"# Resolved by sftlaunch {__version__}: every value is explicit.\n"
-        + _yaml(spec_as_mapping(planned.spec), run_directory),
+        + yaml_text(spec_as_mapping(planned.spec)),
     }
     if planned.engine.deepspeed is not None:
         files["deepspeed.json"] = json.dumps(planned.engine.deepspeed, indent=2) + "\n"
@@ -44,10 +59,9 @@ def run_files(plan: Plan) -> dict[str, str]:
     return {**plan.files, "plan.json": json.dumps(plan.as_json(), indent=1) + "\n"}
 
 
-def _yaml(values: Mapping[str, Any], run_directory: str) -> str:
-    text: str = yaml.safe_dump(
-        _replaced(values, run_directory), sort_keys=False, allow_unicode=True, width=1000
-    )
+def yaml_text(values: Any) -> str:
+    """YAML that the spec's own reader, whose numbers are those of YAML 1.2, reads back alike."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return text
 
 

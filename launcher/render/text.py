@@ -64,7 +64,7 @@ def _entries(
     yield "strategy", f"{plan.strategy} over {where}: {plan.reasons[0]}"
     yield "batch", equation(plan.batch, topology.data_parallel_size)
     yield "memory", memory_text(plan.memory, topology.device)
-    yield "time", time_text(plan.time)
+    yield "time", time_text(plan.time, topology.device)
     for reason in plan.reasons[2:]:
         yield "fixed up", reason
     yield "defaults", _defaults(plan.defaults)
@@ -91,7 +91,7 @@ def _method(plan: Plan, spec: Spec) -> str:
 def _defaults(defaults: Mapping[str, Any]) -> str:
     hidden = ("output", "loss")
     said = [
-        f"{key.split('.')[-1]} {value_text(value)}"
+        f"{key.removeprefix('training.')} {value_text(value)}"
         for key, value in defaults.items()
         if key not in hidden
     ]
@@ -112,7 +112,7 @@ def memory_text(memory: Memory, device: str) -> str:
         for number in (memory.peak_reserved_bytes, memory.low_bytes or 0, memory.high_bytes or 0)
     )
     if device == "cpu":
-        return "host memory of this machine (a GPU would be filled less than it is here)"
+        return "not predicted on CPU"
     text = f"{peak} GiB per GPU ({low} to {high})"
     if memory.gpu_memory_bytes is None:
         return f"{text}; the GPU is unknown, name it with --gpu"
@@ -120,9 +120,11 @@ def memory_text(memory: Memory, device: str) -> str:
     return f"{text} of {gibibytes(memory.gpu_memory_bytes)} GiB: {verdict}"
 
 
-def time_text(time: Time) -> str:
+def time_text(time: Time, device: str) -> str:
     """Steps and duration as far as they are known."""
     steps = plural(time.steps, "step") if time.steps is not None else "steps unknown"
+    if device == "cpu":
+        return f"{steps}; their duration is not predicted on CPU"
     if time.total_seconds is None or time.seconds_per_step is None:
         return f"{steps}; duration {time.basis}"
     return f"{steps}, {time.seconds_per_step:.2f} s each, {duration(time.total_seconds)} in all"

@@ -7,6 +7,7 @@ what the user said without a word.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,50 @@ OLDER = {
     "output_directory": ("output", ""),
 }
 
+ATTENTION = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+)
+# Integrations of transformers 5.23 that are named by their package.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")
+
 
 @lru_cache(maxsize=1)
+def _listing() -> dict[str, dict[str, list[str]]]:
+    text = Path(__file__).with_name("sft_fields.json").read_text(encoding="utf-8")
+    listing: dict[str, dict[str, list[str]]] = json.loads(text)
+    return listing
+
+
 def sft_fields() -> dict[str, list[str]]:
     """Field of `SFTConfig` -> JSON kinds it accepts (TRL 1.16, see `make fields`)."""
-    text = Path(__file__).with_name("sft_fields.json").read_text(encoding="utf-8")
-    fields: dict[str, list[str]] = json.loads(text)["fields"]
-    return fields
+    return _listing()["fields"]
+
+
+def sft_choices() -> dict[str, list[str]]:
+    """Field of `SFTConfig` -> the names it takes, where they are a closed list."""
+    return _listing()["choices"]
+
+
+def choices() -> dict[str, tuple[Sequence[str], str]]:
+    """Dotted key -> the values that upstream knows, and where they stand there."""
+    listed = sft_choices()
+    return {
+        "training.optim": (listed["optim"], "transformers training_args.OptimizerNames"),
+        "training.lr_scheduler_type": (
+            listed["lr_scheduler_type"],
+            "transformers trainer_utils.SchedulerType",
+        ),
+        "model.attn_implementation": (
+            ATTENTION,
+            "transformers modeling_utils; also a kernel's Hub name, with a slash",
+        ),
+        "trackers": (TRACKERS, "transformers integrations"),
+    }
 
 
 def kind_fits(value: Any, kinds: list[str]) -> bool:

@@ -6,6 +6,7 @@ It decides syntax and types only. No file but the spec is opened, nothing is pro
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,20 +18,35 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from launcher.errors import SpecError
-from launcher.spec.arguments import OLDER, OWNED, kind_fits, sft_fields
+from launcher.spec.arguments import OLDER, OWNED, choices, kind_fits, sft_fields
 from launcher.spec.schema import Spec, TrainingSpec
 
 Key = tuple[str | int, ...]
 UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f]")
-# YAML 1.1 reads 2e-4 as text; everybody who writes it means a number (YAML 1.2 agrees).
-FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+NOT_UNICODE = re.compile(r"[\ud800-\udfff]")  # undecodable bytes of argv; halves of YAML escapes
+MAX_NAME_BYTES = 255  # of one path component, on every usual file system
+# YAML 1.1 reads 2e-4 as text, 12:00:00 as 43200, 010 as 8 and 2024-05-01 as a date; nobody who
+# writes these in a spec means that, and YAML 1.2 agrees.
+INTEGER = re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+)$")
+FLOAT = re.compile(
+    r"^([-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"
+    r"|[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+)
+_INTEGER_TAG, _FLOAT_TAG = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_REPLACED_TAGS = (_INTEGER_TAG, _FLOAT_TAG, "tag:yaml.org,2002:timestamp")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's exponent floats."""
+    """YAML with 1.2's numbers, and without dates."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED_TAGS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver(_INTEGER_TAG, INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver(_FLOAT_TAG, FLOAT, list("-+.0123456789"))
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,8 @@ def load_spec(path: Path, overrides: Sequence[Override] = (), origin: str = "") 
         SpecError: with file and line, or the flag, and the nearest valid name.
     """
     origin = origin or str(path)
+    if "\x00" in str(path):
+        raise SpecError("spec_not_found", f"no spec file {origin!r}", fix="name it without nulls")
     data, places = _read(path, origin)
     base = path.parent.resolve()
     _anchor(data, base)
@@ -72,6 +90,7 @@ def load_spec(path: Path, overrides: Sequence[Override] = (), origin: str = "") 
         _lay_over(data, places, override)
     spec = _validate(data, places, origin)
     _check_extra_fields(spec.training, places, origin)
+    _check_choices(spec, places, origin)
     _check_names(spec, places, origin)
     said = {".".join(map(str, key)): place for key, place in places.items() if key}
     return LoadedSpec(spec=spec, origin=origin, directory=base, said=said)
@@ -130,7 +149,7 @@ def _construct(loader: Any, node: Any, key: Key, places: dict[Key, str], origin:
             for index, item in enumerate(node.value)
         ]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        return _scalar(loader, node, origin)
     _refuse_duplicates(node, origin)
     loader.flatten_mapping(node)
     result: dict[str, Any] = {}
@@ -142,6 +161,21 @@ def _construct(loader: Any, node: Any, key: Key, places: dict[Key, str], origin:
         places[(*key, name)] = line
         result[name] = _construct(loader, value_node, (*key, name), places, origin)
     return result
+
+
+def _scalar(loader: Any, node: Any, origin: str) -> Any:
+    try:
+        value = loader.construct_object(node)
+        if isinstance(value, str):
+            value.encode()
+    except (ValueError, OverflowError):  # PyYAML lets int() and datetime() raise theirs
+        raise SpecError(
+            "bad_yaml",
+            f"{origin}:{node.start_mark.line + 1}: {str(node.value)[:60]!r} cannot be read",
+            why="its YAML type cannot hold it",
+            fix="correct the value, or quote it as text",
+        ) from None
+    return value
 
 
 def _refuse_duplicates(node: Any, origin: str) -> None:
@@ -247,7 +281,21 @@ def _validate(data: dict[str, Any], places: dict[Key, str], origin: str) -> Spec
     try:
         return Spec.model_validate(data)
     except ValidationError as error:
-        raise _explain(error.errors()[0], data, places, origin) from None
+        raise _explain(_most_telling(error, data), data, places, origin) from None
+
+
+def _most_telling(error: ValidationError, data: dict[str, Any]) -> Mapping[str, Any]:
+    """The first problem; of a value that may be of several types, all its expectations."""
+    problems = error.errors()
+    first = problems[0]
+    key = _real_key(first["loc"], data)
+    if problems[0]["type"] == "missing" or len(first["loc"]) == len(key):
+        return {**first}
+    same = [problem for problem in problems if _real_key(problem["loc"], data)[: len(key)] == key]
+    depth = max(len(_real_key(problem["loc"], data)) for problem in same)
+    deepest = [p for p in same if len(_real_key(p["loc"], data)) == depth]
+    texts = [str(problem["msg"]).removeprefix("Input should be ") for problem in deepest]
+    return {**deepest[0], "msg": f"Input should be {' or '.join(dict.fromkeys(texts))}"}
 
 
 def _explain(
@@ -290,6 +338,8 @@ def _expectation(problem: Mapping[str, Any]) -> str:
 
 
 def _value_fix(problem: Mapping[str, Any], name: str, given: Any) -> str:
+    if problem["type"] == "string_type" and isinstance(given, (int, float)):
+        return f'quote it: {name.rsplit(".", maxsplit=1)[-1]}: "{given}"'
     expected = (problem.get("ctx") or {}).get("expected")
     if expected and isinstance(given, str):
         choices = re.findall(r"'([^']+)'", str(expected))
@@ -346,11 +396,47 @@ def _check_extra_fields(training: TrainingSpec, places: dict[Key, str], origin: 
                 fix=f"correct training.{name}",
                 source="TRL 1.16 SFTConfig",
             )
+        if not _is_finite(value):
+            raise SpecError(
+                "bad_value",
+                f"{place}: training.{name} is {_shown(value)}",
+                why="it should be a finite number",
+                fix=f"correct training.{name}",
+            )
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, (list, dict)):
+        inner = value.values() if isinstance(value, dict) else value
+        return all(_is_finite(item) for item in inner)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _check_choices(spec: Spec, places: dict[Key, str], origin: str) -> None:
+    """Values that upstream would refuse only after the model is loaded."""
+    for dotted, (known, source) in choices().items():
+        value: Any = spec
+        for name in dotted.split("."):
+            value = getattr(value, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one is None or one in known or "/" in one:
+                continue
+            near = difflib.get_close_matches(one, known, n=1)
+            raise SpecError(
+                "bad_value",
+                f"{_place(tuple(dotted.split('.')), places, origin)}: {dotted} is {_shown(one)}",
+                fix=f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}",
+                source=source,
+            )
 
 
 def _check_names(spec: Spec, places: dict[Key, str], origin: str) -> None:
     """Names that reach files and shells carry no control characters and are not empty."""
-    names: dict[str, str | None] = {"model.path": spec.model.path, "output": spec.output}
+    names: dict[str, str | None] = {
+        "model.path": spec.model.path,
+        "output": spec.output,
+        "hardware.gpu": spec.hardware.gpu,
+    }
     if spec.dataset:
         names |= {"dataset.path": spec.dataset.path, "dataset.eval_path": spec.dataset.eval_path}
     for dotted, name in names.items():
@@ -364,6 +450,21 @@ def _check_names(spec: Spec, places: dict[Key, str], origin: str) -> None:
                 "bad_name",
                 f"{place}: {dotted} holds a control character ({name!r})",
                 fix="rename it without newlines, tabs or other control characters",
+            )
+        if NOT_UNICODE.search(name):
+            raise SpecError(
+                "bad_name",
+                f"{place}: {dotted} is not valid UTF-8 ({name!r})".encode(
+                    "ascii", "backslashreplace"
+                ).decode(),
+                fix="rename it",
+            )
+        if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in name.split("/")):
+            raise SpecError(
+                "bad_name",
+                f"{place}: {dotted} is too long",
+                why=f"a file name has at most {MAX_NAME_BYTES} bytes",
+                fix="use a shorter name",
             )
 
 
@@ -401,7 +502,7 @@ def _real_key(loc: Sequence[str | int], data: Any) -> Key:
             isinstance(data, list) and isinstance(part, int) and part < len(data)
         )
         if not known:
-            break
+            continue
         key.append(part)
         data = data[part]
     return tuple(key)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Strategy: TypeAlias = Literal[
     "auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1", "hsdp"
@@ -22,14 +22,17 @@ Target: TypeAlias = Literal["local", "slurm", "docker"]
 Device: TypeAlias = Literal["cuda", "cpu"]
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
-Count = Annotated[int, Field(ge=1)]
+ALL_LINEAR = "all-linear"
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
     """A mapping of the spec: unknown keys and loose types are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelSpec(Section):
@@ -74,11 +77,17 @@ class LoraSpec(Section):
         None, description="Dropout on the adapter's input, 0 to 1."
     )
     target_modules: str | list[str] | None = Field(
-        None, description="all-linear, or names of linear modules."
+        None, description="all-linear, or names of linear modules (one, or a list)."
     )
     virtual_tokens: Count | None = Field(
         None, description="Prefix and prompt tuning: number of virtual tokens."
     )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        """One name becomes a list: PEFT reads a bare text as a pattern of the whole path."""
+        return [value] if isinstance(value, str) and value != ALL_LINEAR else value
 
 
 class HardwareSpec(Section):
@@ -119,7 +128,7 @@ class TrainingSpec(Section):
     )
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     max_grad_norm: Annotated[float, Field(ge=0)] | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None  # numpy's range
     gradient_checkpointing: bool | None = None
     bf16: bool | None = None
     fp16: bool | None = None

@@ -30,6 +30,17 @@ def json_kinds(annotation: object) -> list[str]:
     return sorted({kind for part in typing.get_args(annotation) for kind in json_kinds(part)})
 
 
+def choices() -> dict[str, list[str]]:
+    """Fields that take one of a closed list of names."""
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    return {
+        "lr_scheduler_type": sorted(str(kind.value) for kind in SchedulerType),
+        "optim": sorted(str(kind.value) for kind in OptimizerNames),
+    }
+
+
 def main() -> None:
     """Print the list to standard output."""
     import trl
@@ -40,7 +51,7 @@ def main() -> None:
         for field in dataclasses.fields(trl.SFTConfig)
         if field.init
     }
-    listing = {"trl": trl.__version__, "fields": dict(sorted(fields.items()))}
+    listing = {"trl": trl.__version__, "choices": choices(), "fields": dict(sorted(fields.items()))}
     sys.stdout.write(json.dumps(listing, indent=1) + "\n")
 
 

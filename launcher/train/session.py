@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
 
 from launcher.errors import PlanRefused
@@ -82,12 +83,15 @@ def train(plan: Plan, run: RunDirectory) -> None:
     trainer.add_callback(RecordCallback(run))
     examiner = Examiner(plan, run, trainer, tokenizer, held_out)
     trainer.add_callback(SamplesCallback(plan.worker.samples["every_steps"], examiner.examine))
+    patience = plan.worker.evaluation["early_stopping_patience"]
+    if patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(patience))
     _stage(run, "preparing", seconds_to_ready=round(time.monotonic() - started, 3))
     trainer.train()
     if held_out is not None:
         _stage(run, "evaluating")
         trainer.evaluate()
-    examiner.examine(trainer.state.global_step)
+    examiner.examine(trainer.state.global_step, last=True)
     _stage(run, "saving", step=trainer.state.global_step)
     save_final(plan, run, trainer)
     trainer.accelerator.wait_for_everyone()
@@ -141,11 +145,10 @@ class Examiner:
         exact = plan.worker.evaluation["exact_match"] and held_out is not None
         self.held_out = [split_answer(row) for row in held_out] if exact else []
 
-    def examine(self, step: int) -> None:
+    def examine(self, step: int, *, last: bool = False) -> None:
         """Answer the sample prompts; at both ends of the run, the held-out ones too."""
         limit = self.plan.worker.samples["max_new_tokens"]
-        ends = step == 0 or step >= self.trainer.state.max_steps
-        held_out = self.held_out if ends else []
+        held_out = self.held_out if last or step == 0 else []
         prompts = [*self.prompts, *(prompt for prompt, _ in held_out)]
         if not prompts:
             return

@@ -25,8 +25,7 @@ from tests.support import HEAVY, ROOT
 )
 def test_nothing_heavy_is_loaded(statement: str, tmp_path: Path) -> None:
     code = (
-        f"import sys\n{statement}\n"
-        f"print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+        f"import sys\n{statement}\nprint([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -192,14 +192,22 @@ def test_a_named_spec_is_taken_and_its_paths_start_from_its_folder(bare_machine:
         (["--set", "training.learning_rate=3e-5"], "worker.training_arguments.learning_rate", 3e-5),
         (["--set", "lora.target_modules=[q_proj]"], "worker.peft.target_modules", ["q_proj"]),
         (["--set", "training={seed: 6}"], "worker.training_arguments.seed", 6),
-        (["--set", "training.neftune_noise_alpha=5.0"], "worker.training_arguments.neftune_noise_alpha", 5.0),
+        (
+            ["--set", "training.neftune_noise_alpha=5.0"],
+            "worker.training_arguments.neftune_noise_alpha",
+            5.0,
+        ),
         (["--set", "model.revision=v1"], "worker.model.revision", "v1"),
         (["--set", "hardware.gpus=2"], "topology.gpus", 2),
         (["--gpus", "4", "--set", "hardware.gpus=2"], "topology.gpus", 2),
-        (["--set", "trackers=[tensorboard]"], "worker.training_arguments.report_to", ["tensorboard"]),
-        (["--set", "samples.prompts=[\"a = b\"]"], "worker.samples.prompts", ["a = b"]),
+        (
+            ["--set", "trackers=[tensorboard]"],
+            "worker.training_arguments.report_to",
+            ["tensorboard"],
+        ),
+        (["--set", 'samples.prompts=["a = b"]'], "worker.samples.prompts", ["a = b"]),
     ],
-)  # fmt: skip
+)
 def test_options_reach_the_plan(flags: list[str], place: str, value: object) -> None:
     done = sftlaunch("plan", "--json", *flags)
     assert done.code == 0, done.err
@@ -228,14 +236,29 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_the_options_of_the_interface_are_all_offered() -> None:
-    wanted = (
-        "--gpus --nodes --gpus-per-node --gpu --strategy --offload --model --dataset --method "
-        "--global-batch-size --micro-batch-size --output --on --device --resume --set --json"
-    ).split()
+    wanted = [
+        "--gpus",
+        "--nodes",
+        "--gpus-per-node",
+        "--gpu",
+        "--strategy",
+        "--offload",
+        "--model",
+        "--dataset",
+        "--method",
+        "--global-batch-size",
+        "--micro-batch-size",
+        "--output",
+        "--on",
+        "--device",
+        "--resume",
+        "--set",
+        "--json",
+    ]
     for command in ("run", "plan"):
         text = sftlaunch(command, "--help").out
         assert [flag for flag in wanted if flag not in text] == []
-    assert "--dry-run" in sftlaunch("run", "--help").out
+    assert sftlaunch("plan", "--dry-run").out == sftlaunch("plan").out
 
 
 def test_version() -> None:
@@ -244,7 +267,9 @@ def test_version() -> None:
 
 def test_schema_is_json_and_holds_every_section() -> None:
     properties = sftlaunch("schema").json["properties"]
-    assert {"model", "dataset", "lora", "hardware", "batch", "training", "output"} <= set(properties)
+    assert {"model", "dataset", "lora", "hardware", "batch", "training", "output"} <= set(
+        properties
+    )
 
 
 def test_init_writes_a_spec_that_plans() -> None:
@@ -356,9 +381,7 @@ def test_exit_codes_reach_the_shell() -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
-def test_no_line_is_wider_than_the_terminal(
-    columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_line_is_wider_than_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     _spec(hardware={"gpus": 8, "gpu": "h100-80gb"}, strategy="fsdp", method="qlora")
     for line in sftlaunch("plan").out.splitlines():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cells import Cell, prepare, default_ranks
+from bench.cells import Cell, default_ranks, prepare
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -46,10 +46,10 @@ def status(folder: Path) -> dict:
 
 
 def test_the_first_failing_ranks_own_error_is_shown(tmp_path) -> None:
-    process = start(tmp_path, "--set", "training.lr_scheduler_type=sideways")
+    process = start(tmp_path, "--set", "training.adam_beta1=5.0")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "failed first: ValueError: 'sideways' is not a valid SchedulerType" in err
+    assert "failed first: ValueError: Invalid beta parameter at index 0: 5.0" in err
     assert "ChildFailedError" not in out + err
     assert "Traceback" not in out + err
     log = err.rsplit("full log: ", 1)[1].strip()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.parity import cells, differences, uneven_rows, within
 from bench.cells import run_cells
+from bench.parity import cells, differences, uneven_rows, within
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 

@@ -25,9 +25,7 @@ SIZES = st.integers(1, 4096)
 RANKS = st.integers(1, 512)
 
 
-def _solve(
-    total: int, ranks: int, micro: int | None = None, largest: int | None = 10**9
-) -> Batch:
+def _solve(total: int, ranks: int, micro: int | None = None, largest: int | None = 10**9) -> Batch:
     """Solve where a micro batch up to `largest` fits; None: memory is unknown."""
 
     def fits(size: int) -> bool | None:
@@ -47,13 +45,12 @@ def test_the_equation_holds_or_it_is_refused(
     total: int, ranks: int, micro: int | None, largest: int | None
 ) -> None:
     divides = total % (ranks * (micro or 1)) == 0
-    try:
-        batch = _solve(total, ranks, micro, largest)
-    except PlanRefused as refusal:
-        assert not divides
-        assert refusal.code == "batch_does_not_divide"
+    if not divides:
+        with pytest.raises(PlanRefused) as caught:
+            _solve(total, ranks, micro, largest)
+        assert caught.value.code == "batch_does_not_divide"
         return
-    assert divides
+    batch = _solve(total, ranks, micro, largest)
     assert batch.global_batch_size == total
     assert batch.micro_batch_size * batch.gradient_accumulation_steps * ranks == total
     assert micro in (None, batch.micro_batch_size)
@@ -151,15 +148,17 @@ def test_a_topology_multiplies_and_keeps_what_was_said(
     possible = gpus is None or (
         gpus % (nodes or 1) == 0
         and gpus >= (nodes or 1)
-        and (per_node is None or (gpus % per_node == 0 and gpus // per_node == (nodes or gpus // per_node)))
-    )  # fmt: skip
-    try:
-        found = decide_topology(hardware, present, "cuda")
-    except PlanRefused as refusal:
-        assert not possible
-        assert refusal.code == "nodes_do_not_divide"
+        and (
+            per_node is None
+            or (gpus % per_node == 0 and gpus // per_node == (nodes or gpus // per_node))
+        )
+    )
+    if not possible:
+        with pytest.raises(PlanRefused) as caught:
+            decide_topology(hardware, present, "cuda")
+        assert caught.value.code == "nodes_do_not_divide"
         return
-    assert possible
+    found = decide_topology(hardware, present, "cuda")
     assert found.nodes * found.gpus_per_node == found.gpus == found.data_parallel_size
     assert gpus in (None, found.gpus)
     assert nodes in (None, found.nodes)

@@ -21,7 +21,7 @@ def _topology(gpus: int, device: str = "cuda") -> Topology:
     return decide_topology(HardwareSpec(gpus=gpus), 0, device)
 
 
-def _choose(  # noqa: PLR0913 - the rule's own inputs
+def _choose(
     gpus: int = 8,
     *,
     fits: bool | None = None,
@@ -72,7 +72,7 @@ def test_the_rule_of_auto(settings: dict[str, object], expected: str) -> None:
     st.sampled_from(["none", "optimizer", "all"]),
     st.sampled_from(["cuda", "cpu"]),
 )
-def test_what_auto_chooses_is_never_refused_for_its_gpus(  # noqa: PLR0913
+def test_what_auto_chooses_is_never_refused_for_its_gpus(
     gpus: int, fits: bool | None, adapter: bool, quantization: str, offload: str, device: str
 ) -> None:
     strategy = _choose(
