@@ -5,6 +5,7 @@ One table: flag -> key of the spec. Past `Request` nothing knows Click.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,7 @@ def load_request(request: Request) -> tuple[LoadedSpec, str | None]:
         SpecError: where the file or a value is wrong.
     """
     if request.spec is not None:
+        _refuse_mistyped_command(request.spec)
         return load_spec(Path(request.spec), request.overrides, request.spec), None
     if Path(DEFAULT_SPEC).is_file():
         return load_spec(Path(DEFAULT_SPEC), request.overrides, DEFAULT_SPEC), None
@@ -180,3 +182,18 @@ def load_request(request: Request) -> tuple[LoadedSpec, str | None]:
         )
     origin = f"recipe {BUILT_IN_RECIPE}"
     return load_spec(recipe, request.overrides, origin), BUILT_IN_RECIPE
+
+
+def _refuse_mistyped_command(name: str) -> None:
+    """A bare word that is no file was meant as a command."""
+    if not name.isidentifier() or Path(name).exists():
+        return
+    from launcher.cli.app import COMMANDS
+
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise SpecError(
+        "spec_not_found",
+        f"{name} is neither a command nor a spec file",
+        fix=f"{hint}commands are {', '.join(COMMANDS)}",
+    )

@@ -169,7 +169,7 @@ def _refuse_unready(request: Request) -> None:
         raise EnvironmentNotReady(
             "target",
             f"--on {request.target} is not in this version",
-            fix="use --on local, or start command.sh of a --dry-run in your own job",
+            fix="use --on local, or start the command of `sftlaunch plan` in a job of your own",
         )
     if request.resume != "never":
         raise EnvironmentNotReady(

@@ -250,7 +250,7 @@ def _bad_row(where: str, why: str) -> SpecError:
     return SpecError(
         "dataset_bad_row",
         f"{where}: {why}",
-        fix="correct or remove the row; `sftlaunch data check` lists all of them",
+        fix="correct or remove the row",
     )
 
 

@@ -54,8 +54,9 @@ def probe(spec: Spec) -> Facts:
 
 
 def _planned_gpu(spec: Spec, gpus: tuple[Gpu, ...]) -> GpuSpec | None:
-    if spec.hardware.gpu:
-        return find_gpu(spec.hardware.gpu)
-    if spec.hardware.device == "cpu" or not gpus:
+    named = find_gpu(spec.hardware.gpu) if spec.hardware.gpu else None
+    if spec.hardware.device == "cpu":
         return None
+    if named or not gpus:
+        return named
     return match_gpu(gpus[0].name)

@@ -35,7 +35,7 @@ def check_environment(plan: Plan, present_gpus: int) -> None:
         raise EnvironmentNotReady(
             "several_nodes",
             f"{topology.nodes} nodes cannot be started from here",
-            fix="use --on slurm, or --dry-run and run command.sh on each node",
+            fix="use --on slurm, or start the command of `sftlaunch plan` on each node",
         )
     if topology.device == "cuda" and topology.gpus > present_gpus:
         have = f"only {present_gpus}" if present_gpus else "none"

@@ -58,6 +58,8 @@ class Rule:
     quant_storage: str | None = None
     adapter_dtype: str | None = None
     """float32, base (that of the base model), or None for no adapter."""
+    base_dtype: str | None = None
+    """Dtype that the base must be loaded in; None where any will do."""
     experimental: str = ""
     """A warning to print where the cell runs but is not proven."""
 
@@ -87,6 +89,7 @@ _FSDP_QLORA = (
     "on GPU (bitsandbytes#1945)"
 )
 
+_ZERO_DTYPE = "DeepSpeed casts the module to the precision it trains in"
 _FULL = {
     family: _works(_MATRIX)
     for family in ("single", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1", "hsdp")
@@ -96,10 +99,10 @@ _ADAPTER = {
     "fsdp1": _works(
         _MATRIX,
         adapter_dtype="float32",
-        experimental="FSDP1 resumes an adapter only from full state dicts (facts: trap 2); "
+        experimental="FSDP1 is deprecated and saves adapters only by a way of our own; "
         "prefer strategy fsdp",
     ),
-    **{f: _works(_MATRIX, adapter_dtype="float32") for f in ("zero1", "zero2")},
+    **{f: _works(f"{_MATRIX}; {_ZERO_DTYPE}", adapter_dtype="base") for f in ("zero1", "zero2")},
     "zero3": Rule(
         "fixed",
         why="adapter in the base model's dtype, reentrant checkpointing",
@@ -108,39 +111,50 @@ _ADAPTER = {
         adapter_dtype="base",
     ),
 }
+# TRL casts the adapter to bf16 on a quantised base; float32 keeps the curve independent of
+# the split (docs/parity.md: 1e-6 against 5e-3), so it stands wherever the engine allows it.
 _NF4 = {
     **{
-        f: _works(_MATRIX, adapter_dtype="bfloat16", quant_storage="uint8")
-        for f in ("single", "ddp", "zero1", "zero2")
+        f: _works(_MATRIX, adapter_dtype="float32", quant_storage="uint8")
+        for f in ("single", "ddp")
+    },
+    **{
+        f: _works(f"{_MATRIX}; {_ZERO_DTYPE}", adapter_dtype="base", quant_storage="uint8")
+        for f in ("zero1", "zero2")
     },
     "zero3": Rule(
         "fixed",
-        why="4-bit weights stored as bf16, reentrant checkpointing",
+        why="4-bit weights stored as bf16, adapter in the base's dtype, reentrant checkpointing",
         source=_ZERO3_REENTRANT,
         use_reentrant=True,
-        adapter_dtype="bfloat16",
+        adapter_dtype="base",
         quant_storage="bfloat16",
     ),
     "fsdp": Rule(
         "fixed",
         why="4-bit weights stored as bf16, so that they shard",
         source="PEFT documentation, FSDP-QLoRA; uint8 storage would be replicated",
-        adapter_dtype="bfloat16",
+        adapter_dtype="float32",
         quant_storage="bfloat16",
         experimental=_FSDP_QLORA,
     ),
     "fsdp1": Rule(
         "fixed",
-        why="4-bit weights stored as bf16; reentrant checkpointing as in PEFT's example",
+        why="4-bit weights, their base and the adapter all in bf16, which FSDP1 flattens "
+        "together; reentrant checkpointing as in PEFT's example",
         source="PEFT documentation, FSDP-QLoRA",
         use_reentrant=True,
-        adapter_dtype="bfloat16",
+        adapter_dtype="base",
+        base_dtype="bfloat16",
         quant_storage="bfloat16",
+        experimental="its curve depends on the split by up to 1e-2, since all of it is in bf16 "
+        "(docs/parity.md); prefer strategy fsdp",
     ),
     "hsdp": _UNPROVEN_HSDP,
 }
 _INT8 = {
-    **{f: _works(_MATRIX, adapter_dtype="bfloat16") for f in ("single", "ddp", "zero1", "zero2")},
+    **{f: _works(_MATRIX, adapter_dtype="float32") for f in ("single", "ddp")},
+    **{f: _works(f"{_MATRIX}; {_ZERO_DTYPE}", adapter_dtype="base") for f in ("zero1", "zero2")},
     "zero3": Rule(
         "refused",
         why="ZeRO-3 partitions parameters, and 8-bit weights lose their scales",
@@ -239,7 +253,7 @@ def _refuse_quantised_full(method: str, quantization: str) -> None:
     if method == "full" and quantization != "none":
         raise PlanRefused(
             "quantised_full",
-            f"a {quantization} base cannot be fully fine-tuned",
+            f"a base in {quantization} cannot be fully fine-tuned",
             why="quantised weights take no gradient",
             fix="use method qlora (or lora), or quantization none",
             source="transformers 5.23 Trainer: ValueError on quantised models without adapter",

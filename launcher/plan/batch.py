@@ -43,7 +43,7 @@ def solve_batch(
         PlanRefused: where the sizes do not divide.
     """
     if global_batch_size % data_parallel_size:
-        raise _does_not_divide(global_batch_size, data_parallel_size, 1)
+        raise _does_not_divide(global_batch_size, data_parallel_size, micro_batch_size or 1)
     per_rank = global_batch_size // data_parallel_size
     micro = micro_batch_size or _largest_micro_batch(per_rank, fits)
     if per_rank % micro:

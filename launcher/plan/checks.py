@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from launcher.errors import PlanRefused, Refusal, SpecError
 from launcher.facts.probe import Facts
 from launcher.plan.adapter import METHODS
-from launcher.plan.types import Advice, Batch
 from launcher.spec.schema import Spec
 
 # Attention that isolates packed documents by their position ids (TRL 1.16, BFD packing).
@@ -285,53 +284,6 @@ CHECKS: tuple[Callable[[Case], Refusal | None], ...] = (
     local_splits,
     prefix_checkpointing,
 )
-
-
-def advise(case: Case, batch: Batch) -> tuple[Advice, ...]:
-    """What is worth knowing and stops nothing."""
-    found = []
-    rows = case.facts.dataset.rows if case.facts.dataset else None
-    if rows is not None and rows < batch.global_batch_size:
-        found.append(
-            Advice(
-                "small_dataset",
-                f"{rows} rows are fewer than one global batch of {batch.global_batch_size}",
-                "use a smaller --global-batch-size",
-            )
-        )
-    unused = _unused_lora_keys(case)
-    if unused:
-        found.append(
-            Advice(
-                "unused_keys",
-                f"lora.{', lora.'.join(unused)}: method {case.spec.method} does not use them",
-                "remove them from the spec",
-            )
-        )
-    if (case.strategy, case.device) == ("fsdp1", "cpu"):
-        found.append(
-            Advice(
-                "no_checkpoints",
-                "FSDP1 on CPU writes no intermediate checkpoints, only the final save",
-                "use --strategy fsdp",
-                "torch 2.13: its full state dict crashes on CPU tensors",
-            )
-        )
-    if case.spec.model.trust_remote_code:
-        found.append(
-            Advice(
-                "remote_code",
-                "trust_remote_code runs Python code that ships with the model",
-                "leave it off unless you have read that code",
-            )
-        )
-    return tuple(found)
-
-
-def _unused_lora_keys(case: Case) -> list[str]:
-    """Adapter keys that were said and mean nothing to the method."""
-    said, uses = case.spec.lora.model_dump(exclude_none=True), _uses(case)
-    return sorted(name for name in said if name not in uses)
 
 
 def _uses(case: Case) -> tuple[str, ...]:

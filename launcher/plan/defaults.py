@@ -60,13 +60,14 @@ def resolve(spec: Spec, facts: Facts, device: str) -> tuple[Spec, dict[str, Any]
     fill = Defaults(spec)
     method = METHODS[spec.method]
     quantization = fill.fill("quantization", method.quantization)
+    loss = _loss(facts)
     lora = {name: fill.fill(f"lora.{name}", ADAPTER_DEFAULTS[name]) for name in method.uses}
     resolved = spec.model_copy(
         update={
             "quantization": quantization,
             "lora": spec.lora.model_copy(update=lora),
             "training": spec.training.model_copy(update=_training(fill, facts, device)),
-            "loss": fill.fill("loss", _loss(facts)),
+            "loss": fill.fill("loss", loss) if loss else spec.loss,
             "checkpoints": spec.checkpoints.model_copy(
                 update={"every_steps": fill.fill("checkpoints.every_steps", CHECKPOINT_STEPS)}
             ),

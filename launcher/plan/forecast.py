@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from launcher.errors import PlanRefused
 from launcher.facts.probe import Facts
-from launcher.plan.adapter import METHODS
+from launcher.plan.adapter import METHODS, adapter_rule
 from launcher.plan.duration import count_sequences, estimate_duration, flops_per_token
 from launcher.plan.memory import MemoryInputs, estimate_memory, memory_inputs
 from launcher.plan.types import Batch, Memory, Time, Topology
@@ -31,6 +31,7 @@ def memory_for(
         return None
     method = METHODS[spec.method]
     adapted = method.peft_type is not None
+    rule = adapter_rule(strategy, spec.method, spec.quantization or "none")
     quantization = None if spec.quantization == "none" else spec.quantization
     names = {"nf4": "qlora", "8bit": "8bit-lora"}
     half = "bfloat16" if spec.training.bf16 else "float16"
@@ -47,9 +48,9 @@ def memory_for(
         parameter_dtype=dtype,
         compute_dtype=half if mixed else "float32",
         autocast=mixed,
-        adapter_dtype="bfloat16" if quantization else "float32",
+        adapter_dtype=dtype if rule.adapter_dtype == "base" else "float32",
         optimizer=spec.training.optim,
-        lora_rank=spec.lora.rank or 1,
+        lora_rank=(spec.lora.rank if "rank" in method.uses else None) or 1,
         lora_targets=tuple(targets) if isinstance(targets, list) else None,
         lora_dropout=spec.lora.dropout or 0.0,
         quantization=quantization,

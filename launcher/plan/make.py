@@ -13,8 +13,9 @@ from typing import Any
 from launcher.errors import SpecError
 from launcher.facts.probe import Facts
 from launcher.plan.adapter import METHODS, adapter_rule, decide_adapter
+from launcher.plan.advice import advise
 from launcher.plan.batch import CPU_MICRO_BATCH, default_global_batch_size, equation, solve_batch
-from launcher.plan.checks import Case, advise, run_checks
+from launcher.plan.checks import Case, run_checks
 from launcher.plan.defaults import resolve
 from launcher.plan.engine import Engine, decide_engine
 from launcher.plan.forecast import (
@@ -54,6 +55,8 @@ def make_plan(spec: Spec, facts: Facts) -> Planned:
     dtype = base_dtype(resolved, device)
     strategy, reason = _strategy(resolved, facts, topology, dtype)
     topology = check_strategy(strategy, topology, resolved.offload)
+    rule = adapter_rule(strategy, resolved.method, resolved.quantization or "none")
+    dtype = resolved.model.dtype or rule.base_dtype or dtype
     run_checks(Case(resolved, facts, strategy, device))
     adapter, warnings, fixed = decide_adapter(
         strategy=strategy,
@@ -85,7 +88,7 @@ def make_plan(spec: Spec, facts: Facts) -> Planned:
         strategy=strategy,
         reasons=(reason, equation(batch, topology.data_parallel_size), *fixed),
         defaults=defaults,
-        warnings=(*warnings, *advise(Case(explicit, facts, strategy, device), batch)),
+        warnings=(*warnings, *advise(Case(explicit, facts, strategy, device), batch, memory)),
         topology=topology,
         batch=batch,
         adapter=adapter,
@@ -108,14 +111,12 @@ def base_dtype(spec: Spec, device: str) -> str:
     """Dtype that the base model is loaded in.
 
     Full fine-tuning keeps float32 masters (TRL's own default); a frozen base needs no
-    more than half precision; on CPU float32 is exact. A 4-bit base has its other weights
-    in the dtype it is computed in, which must be its storage dtype to be sharded.
+    more than half precision; on CPU float32 is exact. A strategy may need another one
+    (`Rule.base_dtype`).
     """
     if spec.model.dtype:
         return spec.model.dtype
-    if spec.quantization != "none":
-        return "float16" if spec.training.fp16 else "bfloat16"
-    if METHODS[spec.method].peft_type is None or device == "cpu":
+    if METHODS[spec.method].peft_type is None or (device == "cpu" and not spec.training.bf16):
         return "float32"
     return "float16" if spec.training.fp16 else "bfloat16"
 

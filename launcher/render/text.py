@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launcher.plan.adapter import METHODS
 from launcher.plan.batch import equation
 from launcher.plan.types import Advice, Memory, Plan, Time
 from launcher.render.quote import shell_line
@@ -78,9 +79,10 @@ def _method(plan: Plan, spec: Spec) -> str:
     if plan.adapter.adapter_dtype is None:
         return f"{spec.method}, learning rate {spec.training.learning_rate:g}"
     parts: list[str] = [spec.method]
-    if spec.lora.rank:
+    uses = METHODS[spec.method].uses
+    if "rank" in uses:
         parts.append(f"rank {spec.lora.rank}")
-    if spec.lora.virtual_tokens:
+    if "virtual_tokens" in uses:
         parts.append(f"{spec.lora.virtual_tokens} virtual tokens")
     if spec.quantization != "none":
         parts.append(f"{spec.quantization} base")

@@ -72,3 +72,19 @@ def keep_4bit_unpacked(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def set_adapter_dtype(plan: Plan, model: Any) -> None:
+    """Bring trainable adapter weights to the planned dtype.
+
+    TRL 1.16 casts them to bf16 on a quantised base, which rounds every accumulated
+    gradient and update: the curve then depends on the split (docs/parity.md).
+    """
+    if plan.worker.peft is None or plan.adapter.adapter_dtype is None:
+        return
+    import torch
+
+    dtype = getattr(torch, plan.adapter.adapter_dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

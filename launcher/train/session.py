@@ -20,6 +20,7 @@ from launcher.train.model import (
     model_init_kwargs,
     peft_config,
     quantization_config,
+    set_adapter_dtype,
 )
 from launcher.train.process import rank_of
 from launcher.train.save import save_final, save_fsdp1
@@ -121,6 +122,7 @@ def make_trainer(
         peft_config=peft_config(plan),
     )
     trainer.plan = plan
+    set_adapter_dtype(plan, trainer.model)
     if plan.topology.device == "cpu":
         keep_4bit_unpacked(trainer.model)
     prepare = trainer._prepare_for_training  # noqa: SLF001 - the one place that wraps

@@ -67,7 +67,6 @@ def test_the_nearest_batches_of_a_refusal_are_the_nearest(
     _check_nearest(total, ranks, micro)
 
 
-@pytest.mark.xfail(reason="the micro batch is left out where the ranks alone do not divide")
 @given(SIZES, RANKS, st.integers(2, 64))
 def test_the_nearest_batches_heed_the_micro_batch(total: int, ranks: int, micro: int) -> None:
     assume(total % ranks != 0)
