@@ -138,8 +138,9 @@ INTRO = """# The same curve on any number of ranks
 Made by `python -m bench.parity --write` on CPU: real engines under gloo, float32, the same data
 in the same order, global batch 16, ten steps at learning rate 1e-3 (QLoRA: 2e-4). Each line is
 the largest difference of any step's loss from the single-process run 1 x 16 x 1 of the same
-method and rows. Bounds: 1e-5 for full and LoRA, 1e-3 for QLoRA; QLoRA under fsdp1 is all in bf16
-and misses its bound. "uneven" rows have answers of 1 to 40 words. Packing is not in the table: it is refused where nothing isolates documents.
+method and rows. Bounds: 1e-5 for full and LoRA, 1e-3 for QLoRA. QLoRA under fsdp1 is all in bf16
+and misses its bound. "uneven" rows have answers of 1 to 40 words. Packing is not in the table: it
+is refused where nothing isolates documents.
 
 """
 
