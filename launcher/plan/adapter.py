@@ -147,7 +147,7 @@ _NF4 = {
         adapter_dtype="base",
         base_dtype="bfloat16",
         quant_storage="bfloat16",
-        experimental="its curve depends on the split by up to 1e-2, since all of it is in bf16 "
+        experimental="all of it is in bf16, so its curve is not that of the other strategies "
         "(docs/parity.md); prefer strategy fsdp",
     ),
     "hsdp": _UNPROVEN_HSDP,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher.plan.types import Plan, plan_from_json
 from launcher.runs.directory import RunDirectory, write_atomic
+from launcher.train.packages import leave_out_unused
 from launcher.train.process import finish, rank_of
 
 ATTEMPT_VARIABLE = "SFTLAUNCH_ATTEMPT"
@@ -48,9 +49,10 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
     attempt = int(os.environ.get(ATTEMPT_VARIABLE) or run.read_status().get("attempt") or 1)
     open_rank_log(run, attempt)
     try:
-        plan = plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+        plan = read_plan(run)
         check_start(plan, forked)
         set_environment(plan, run)
+        leave_out_unused([plan])
         from launcher.train.session import train
 
         train(plan, run)
@@ -61,6 +63,11 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def read_plan(run: RunDirectory) -> Plan:
+    """The run's plan, as it was decided before the launch."""
+    return plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
 
 
 def check_start(plan: Plan, forked: bool) -> None:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from launcher.runs.directory import RunDirectory
+from launcher.train.packages import leave_out_unused
 
 MONITOR_SECONDS = 0.05
 
@@ -51,9 +52,12 @@ def start(ranks: int, folder: str) -> int:
 
 def main(arguments: list[str]) -> int:
     """Import once, then run each directory."""
-    import launcher.train.session  # noqa: F401 - what the ranks inherit
+    from launcher.train.__main__ import read_plan
 
     ranks, *folders = arguments
+    leave_out_unused(read_plan(RunDirectory(Path(folder))) for folder in folders)
+    import launcher.train.session  # noqa: F401 - what the ranks inherit
+
     return max(start(int(ranks), folder) for folder in folders)
 
 
