@@ -23,7 +23,7 @@ $(VENV)/.light: pyproject.toml constraints.txt | system
 $(VENV)/.train: $(VENV)/.light
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,dev]'
 	@# Bytecode once, so that no start pays for it (some environments do not write any).
-	-$(BIN)/python -m compileall -q -j 2 $(VENV)/lib launcher
+	@$(BIN)/python -m compileall -q -j 2 $(VENV)/lib launcher >/dev/null || true
 	@touch $@
 
 demo: $(VENV)/.train ## fine-tune the recipe tiny on two CPU ranks under FSDP

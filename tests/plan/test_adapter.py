@@ -156,9 +156,7 @@ def test_an_adapter_under_zero_has_the_dtype_of_its_base(dtype: str) -> None:
 
 def test_only_qlora_under_fsdp1_dictates_the_dtype_of_its_base() -> None:
     dictated = {cell for cell in CELLS if adapter_rule(*cell).base_dtype}
-    assert dictated == {
-        ("fsdp1", method, "nf4") for method in ("lora", "qlora", "rslora", "ia3")
-    }
+    assert dictated == {("fsdp1", method, "nf4") for method in ("lora", "qlora", "rslora", "ia3")}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
