@@ -15,7 +15,7 @@ from launcher.plan.engine import RUN_DIRECTORY
 from launcher.plan.make import Planned, spec_as_mapping
 from launcher.plan.types import Plan
 from launcher.render.torchrun import command_script, launch_environment, torchrun_argv
-from launcher.spec.load import FLOAT
+from launcher.spec.document import FLOAT
 
 
 class _Dumper(yaml.SafeDumper):

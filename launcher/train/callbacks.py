@@ -106,3 +106,15 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
         due = self.every_steps and state.global_step % self.every_steps == 0
         if due and state.global_step < state.max_steps:
             self.write(state.global_step)
+
+
+class BatchCallback(TrainerCallback):  # type: ignore[misc]
+    """Checks the effective batch before the first optimizer step."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All ranks are here with all their micro batches."""
+        if state.global_step == 0:
+            self.check()

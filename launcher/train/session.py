@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from launcher.errors import PlanRefused
 from launcher.plan.types import Plan
 from launcher.runs.directory import RunDirectory, append_line
-from launcher.train.callbacks import RecordCallback, SamplesCallback
+from launcher.train.callbacks import BatchCallback, RecordCallback, SamplesCallback
 from launcher.train.data import load_rows, split_answer
 from launcher.train.generate import answers
 from launcher.train.model import (
@@ -46,26 +46,26 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         else:
             super().save_model(output_dir, _internal_call)
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        if self.state.global_step == 0:
-            self._check_first_step()
-        return super()._clip_grad_norm(model)
+    def check_batch(self) -> None:
+        """The batch that was really seen, over all ranks, against the plan's equation.
 
-    def _check_first_step(self) -> None:
-        """The batch that was really seen, over all ranks, against the plan's equation."""
+        Raises:
+            PlanRefused: where the first optimizer step saw another number of sequences.
+        """
         import torch
 
         seen = torch.tensor(self.rows_seen, device=self.accelerator.device)
         total = int(self.accelerator.reduce(seen, "sum"))
         planned = self.plan.batch.global_batch_size
-        # A packed row holds many sequences in one; its count is the loader's business.
-        if not self.args.packing and total != min(planned, len(self.train_dataset)):
-            raise PlanRefused(
-                "batch_equation",
-                f"the first step saw {total} sequences, the plan says {planned}",
-                why="the effective batch is not the one asked for",
-                fix="report this with the plan and the log",
-            )
+        # A packed row holds many sequences, and fewer rows than one batch are repeated.
+        if self.args.packing or len(self.train_dataset) < planned or total == planned:
+            return
+        raise PlanRefused(
+            "batch_equation",
+            f"the first step saw {total} sequences, the plan says {planned}",
+            why="the effective batch is not the one asked for",
+            fix="report this with the plan and the log",
+        )
 
 
 def train(plan: Plan, run: RunDirectory) -> None:
@@ -82,6 +82,7 @@ def train(plan: Plan, run: RunDirectory) -> None:
     _stage(run, "loading the model")
     trainer = make_trainer(plan, run, arguments, tokenizer, rows, held_out)
     trainer.add_callback(RecordCallback(run))
+    trainer.add_callback(BatchCallback(trainer.check_batch))
     examiner = Examiner(plan, run, trainer, tokenizer, held_out)
     trainer.add_callback(SamplesCallback(plan.worker.samples["every_steps"], examiner.examine))
     patience = plan.worker.evaluation["early_stopping_patience"]

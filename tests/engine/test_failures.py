@@ -104,3 +104,17 @@ def test_torchrun_by_hand_runs_the_same_directory(tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-1000:]
     assert run.read_status()["state"] == "completed"
     assert len([m for m in run.read_metrics() if "loss" in m]) == 3
+
+
+def test_a_batch_that_is_not_the_planned_one_stops_the_run(tmp_path) -> None:
+    run, variables = prepare(Cell("ddp", "lora", 2, 4), tmp_path)
+    plan = json.loads(run.plan.read_text())
+    plan["worker"]["training_arguments"]["gradient_accumulation_steps"] = 1
+    run.plan.write_text(json.dumps(plan))
+    argv = [sys.executable, "-m", "launcher.train.agent", "2", str(run.path)]
+    environment = {**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(argv, env=environment, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 1
+    error = json.loads(run.rank_error(1, 0).read_text())
+    assert "the first step saw 8 sequences, the plan says 16" in error["message"]
+    assert not run.final.exists()

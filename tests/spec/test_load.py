@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from launcher.errors import SpecError
 from launcher.render.files import yaml_text
 from launcher.spec.arguments import OLDER, OWNED, kind_fits, sft_fields
-from launcher.spec.load import Override, all_keys, load_spec, local_path, parse_set
+from launcher.spec.explain import all_keys
+from launcher.spec.load import Override, load_spec, local_path, parse_set
 from launcher.spec.schema import Spec
 
 
