@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.plan import memory
+from launcher.plan import memory_activations
 from launcher.plan.memory import (
     MemoryInputs,
-    adapter_parameters,
     estimate_memory,
     memory_inputs,
-    quantized_bytes,
 )
+from launcher.plan.memory_state import adapter_parameters, derive_sizes, quantized_bytes
 from tests.plan.published import GIB, Row, mean_error, read_rows
 
 _PARTS = {
@@ -298,5 +297,5 @@ def test_saved_activations_equal_those_of_a_real_layer(
         autocast=autocast,
         gradient_checkpointing=False,
     )
-    estimate = memory._layer_saved(inputs, memory._sizes(inputs))
+    estimate = memory_activations._layer_saved(inputs, derive_sizes(inputs))
     assert estimate == pytest.approx((four - two) / 2, rel=0.02)
