@@ -34,9 +34,8 @@ def make_worker(
     spec: Spec, topology: Topology, batch: Batch, adapter: Adapter, engine: Engine, dtype: str
 ) -> Worker:
     """Everything that reaches a rank, from a resolved spec and the decisions."""
-    environment = {**engine.environment}
     return Worker(
-        environment=environment,
+        environment=engine.environment,
         training_arguments=training_arguments(spec, topology, batch, adapter),
         model={
             "path": spec.model.path,

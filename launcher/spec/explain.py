@@ -63,12 +63,9 @@ def explain(
 
 
 def _expectation(problem: Mapping[str, Any]) -> str:
+    """Pydantic's message, or that of a validator of ours, as part of a sentence."""
     text = str(problem["msg"]).removeprefix("Value error, ")
-    return (
-        text[0].lower() + text[1:].replace("Input should be", "should be").replace("Input", "value")
-        if not text.startswith("Input")
-        else text.replace("Input should be", "it should be")
-    )
+    return text.replace("Input should", "it should", 1)
 
 
 def _value_fix(problem: Mapping[str, Any], name: str, given: Any) -> str:
