@@ -56,10 +56,9 @@ class Rule:
     source: str = ""
     use_reentrant: bool = False
     quant_storage: str | None = None
+    """Of nf4 weights: a dtype, or base (that of the base model's other weights)."""
     adapter_dtype: str | None = None
     """float32, base (that of the base model), or None for no adapter."""
-    base_dtype: str | None = None
-    """Dtype that the base must be loaded in; None where any will do."""
     experimental: str = ""
     """A warning to print where the cell runs but is not proven."""
 
@@ -140,15 +139,12 @@ _NF4 = {
     ),
     "fsdp1": Rule(
         "fixed",
-        why="4-bit weights, their base and the adapter all in bf16, which FSDP1 flattens "
+        why="4-bit weights and the adapter in the base's dtype, since FSDP1 flattens them "
         "together; reentrant checkpointing as in PEFT's example",
         source="PEFT documentation, FSDP-QLoRA",
         use_reentrant=True,
         adapter_dtype="base",
-        base_dtype="bfloat16",
-        quant_storage="bfloat16",
-        experimental="all of it is in bf16, so its curve is not that of the other strategies "
-        "(docs/parity.md); prefer strategy fsdp",
+        quant_storage="base",
     ),
     "hsdp": _UNPROVEN_HSDP,
 }
@@ -235,11 +231,12 @@ def decide_adapter(
         )
     _refuse_offload(strategy, method, quantization, offload)
     dtype = model_dtype if rule.adapter_dtype == "base" else rule.adapter_dtype
+    storage = model_dtype if rule.quant_storage == "base" else rule.quant_storage
     adapter = Adapter(
         method=method,
         use_reentrant=rule.use_reentrant,
         state_dict_type="FULL_STATE_DICT" if strategy in ("fsdp", "fsdp1", "hsdp") else None,
-        quant_storage=rule.quant_storage if quantization == "nf4" else None,
+        quant_storage=storage if quantization == "nf4" else None,
         adapter_dtype=dtype,
         # A PeftModel is no PreTrainedModel, so the trainer would default this to True, which
         # breaks reentrant checkpointing; text models use all their trainable parameters.

@@ -55,8 +55,6 @@ def make_plan(spec: Spec, facts: Facts) -> Planned:
     dtype = base_dtype(resolved, device)
     strategy, reason = _strategy(resolved, facts, topology, dtype)
     topology = check_strategy(strategy, topology, resolved.offload)
-    rule = adapter_rule(strategy, resolved.method, resolved.quantization or "none")
-    dtype = resolved.model.dtype or rule.base_dtype or dtype
     run_checks(Case(resolved, facts, strategy, device))
     adapter, warnings, fixed = decide_adapter(
         strategy=strategy,
@@ -111,8 +109,7 @@ def base_dtype(spec: Spec, device: str) -> str:
     """Dtype that the base model is loaded in.
 
     Full fine-tuning keeps float32 masters (TRL's own default); a frozen base needs no
-    more than half precision; on CPU float32 is exact. A strategy may need another one
-    (`Rule.base_dtype`).
+    more than half precision; on CPU float32 is exact.
     """
     if spec.model.dtype:
         return spec.model.dtype
