@@ -46,7 +46,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sftlaunch-exits-") as folder:
         for number in range(options.runs):
             strategy, way = STRATEGIES[number % 2], WAYS[number // 2 % 2]
-            codes[strategy, way, run_once(Path(folder), strategy, way, number)] += 1
+            code = run_once(Path(folder), strategy, way, number)
+            codes[strategy, way, code] += 1
+            sys.stdout.write(f"{number + 1} {strategy} by {way}: exit {code}\n")
+            sys.stdout.flush()
     for (strategy, way, code), count in sorted(codes.items()):
         sys.stdout.write(f"{strategy} by {way}: exit {code} x {count}\n")
     return int(any(code for _, _, code in codes))
