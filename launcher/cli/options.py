@@ -9,17 +9,16 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from launcher.assets import asset
 from launcher.errors import SpecError
 from launcher.spec.load import LoadedSpec, Override, load_spec, parse_set
+from launcher.spec.schema import Device, Method, Offload, Strategy, Target
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1", "hsdp")
-METHODS = ("full", "lora", "qlora", "dora", "rslora", "prefix_tuning", "prompt_tuning", "ia3")
 BUILT_IN_RECIPE = "tiny"
 DEFAULT_SPEC = "sft.yaml"
 
@@ -45,17 +44,23 @@ OPTIONS: tuple[tuple[str, str, Any, str | None, str], ...] = (
     ("--nodes", "hardware.nodes", POSITIVE, "N", "Nodes that they stand in."),
     ("--gpus-per-node", "hardware.gpus_per_node", POSITIVE, "N", "GPUs of each node."),
     ("--gpu", "hardware.gpu", str, "NAME", "Plan for this GPU, such as h100-80gb."),
-    ("--strategy", "strategy", click.Choice(STRATEGIES), None, "How the run is distributed."),
+    (
+        "--strategy",
+        "strategy",
+        click.Choice(get_args(Strategy)),
+        None,
+        "How the run is distributed.",
+    ),
     (
         "--offload",
         "offload",
-        click.Choice(("none", "optimizer", "all")),
+        click.Choice(get_args(Offload)),
         None,
         "What waits in host memory.",
     ),
     ("--model", "model", str, "PATH", "Base model: a folder or a Hub name."),
     ("--dataset", "dataset", str, "PATH", "Training rows: a file, a folder or a Hub name."),
-    ("--method", "method", click.Choice(METHODS), None, "What is trained."),
+    ("--method", "method", click.Choice(get_args(Method)), None, "What is trained."),
     (
         "--global-batch-size",
         "batch.global_batch_size",
@@ -74,7 +79,7 @@ OPTIONS: tuple[tuple[str, str, Any, str | None, str], ...] = (
     (
         "--device",
         "hardware.device",
-        click.Choice(("cuda", "cpu")),
+        click.Choice(get_args(Device)),
         None,
         "cuda, or cpu to rehearse.",
     ),
@@ -118,7 +123,7 @@ def plan_options(command: Command) -> Command:
         click.option(
             "--on",
             "target",
-            type=click.Choice(("local", "slurm", "docker")),
+            type=click.Choice(get_args(Target)),
             default="local",
             show_default=True,
             help="Where it runs.",
