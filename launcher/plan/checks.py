@@ -72,6 +72,19 @@ def precision(case: Case) -> Refusal | None:
     return None
 
 
+def offload_on_cpu(case: Case) -> Refusal | None:
+    """FSDP's CPU offload asks torch for an accelerator and finds none (torch 2.13)."""
+    sharded = case.strategy in ("fsdp", "fsdp1", "hsdp")
+    if case.device != "cpu" or case.spec.offload == "none" or not sharded:
+        return None
+    return PlanRefused(
+        "offload_on_cpu",
+        f"--offload {case.spec.offload} under {case.strategy} cannot run with --device cpu",
+        why="there is no GPU memory to spare",
+        fix="use --offload none to rehearse",
+    )
+
+
 def stored_quantised(case: Case) -> Refusal | None:
     """Weights that lie quantised in the model's folder take no gradient."""
     model = case.facts.model
@@ -271,6 +284,7 @@ def prefix_checkpointing(case: Case) -> Refusal | None:
 
 CHECKS: tuple[Callable[[Case], Refusal | None], ...] = (
     precision,
+    offload_on_cpu,
     stored_quantised,
     length,
     packing,

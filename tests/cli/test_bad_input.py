@@ -318,6 +318,12 @@ FLAGS = [
     Mistake("--output not UTF-8", 2, ("not valid UTF-8",), flags=("--output", "a\udcff")),
     Mistake("--model not UTF-8", 2, ("not valid UTF-8",), flags=("--model", "a\udcff")),
     Mistake("a spec's name not UTF-8", 2, ("no spec file",), flags=("a\udcff.yaml",)),
+    Mistake(
+        "FSDP offload on CPU",
+        3,
+        ("--offload all", "--device cpu", "--offload none"),
+        flags=("--device", "cpu", "--gpus", "2", "--strategy", "fsdp", "--offload", "all"),
+    ),
     Mistake("--gpus astronomical", 2, ("--gpus", "1000000000"), flags=("--gpus", str(10**30))),
     Mistake(
         "--global-batch-size astronomical",

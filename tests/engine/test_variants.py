@@ -79,6 +79,5 @@ def test_offload(tmp_path) -> None:
     cells = [
         variant("zero2", "lora", (("offload", "optimizer"),), "offload"),
         variant("zero3", "lora", (("offload", "all"),), "offload"),
-        variant("fsdp", "lora", (("offload", "all"),), "offload"),
     ]
     assert not failures(cells, tmp_path)
