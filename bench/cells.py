@@ -6,6 +6,7 @@ one start of the fork agent, so that the training packages are imported once.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -48,6 +49,8 @@ class Cell:
     micro: int | None = None
     settings: tuple[tuple[str, Any], ...] = ()
     label: str = ""
+    resume_from: str | None = None
+    """A checkpoint of another cell's run, whose folder is there by the time this one starts."""
 
     @property
     def name(self) -> str:
@@ -124,6 +127,8 @@ def prepare(cell: Cell, folder: Path) -> tuple[RunDirectory, dict[str, str]]:
     facts = probe(loaded.spec)
     path = folder / cell.name
     plan = with_files(make_plan(loaded.spec, facts), str(path), facts.cpu_count)
+    worker = dataclasses.replace(plan.worker, resume_from=cell.resume_from)
+    plan = dataclasses.replace(plan, worker=worker)
     run = RunDirectory(path)
     run.create(run_files(plan))
     run.update_status(state="planned", attempt=1)

@@ -25,6 +25,7 @@ from launcher.plan.forecast import (
     memory_for,
     refuse_if_too_large,
 )
+from launcher.plan.storage import forecast_storage, shutdown_timeout_seconds
 from launcher.plan.strategy import check_strategy, choose_strategy
 from launcher.plan.topology import decide_topology
 from launcher.plan.types import Batch, Plan, Topology
@@ -82,6 +83,9 @@ def make_plan(spec: Spec, facts: Facts) -> Planned:
         layer_class=facts.model.layer_class if facts.model else None,
     )
     explicit = _explicit(resolved, strategy, topology, batch, dtype)
+    time = forecast_time(resolved, facts, topology, batch, strategy)
+    storage = forecast_storage(inputs, resolved.checkpoints.keep)
+    patience = shutdown_timeout_seconds(storage, time.seconds_per_step)
     plan = Plan(
         strategy=strategy,
         reasons=(reason, equation(batch, topology.data_parallel_size), *fixed),
@@ -91,9 +95,10 @@ def make_plan(spec: Spec, facts: Facts) -> Planned:
         batch=batch,
         adapter=adapter,
         memory=memory,
-        time=forecast_time(resolved, facts, topology, batch, strategy),
+        time=time,
+        storage=storage,
         offload=resolved.offload,
-        worker=make_worker(explicit, topology, batch, adapter, engine, dtype),
+        worker=make_worker(explicit, topology, batch, adapter, engine, dtype, patience),
     )
     return Planned(plan, explicit, engine)
 

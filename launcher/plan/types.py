@@ -84,6 +84,18 @@ class Time:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """Predicted size on disk, in bytes; None where the model is unknown."""
+
+    checkpoint_bytes: int | None
+    """One checkpoint: trainable parameters and optimizer state."""
+    final_bytes: int | None
+    """The trained adapter or model."""
+    total_bytes: int | None
+    """Kept checkpoints, the one being written, and the final save."""
+
+
+@dataclass(frozen=True)
 class Worker:
     """All that a rank needs to know; nothing else of the spec reaches it."""
 
@@ -100,6 +112,14 @@ class Worker:
     """assistant, completion or all."""
     evaluation: Mapping[str, Any]
     samples: Mapping[str, Any]
+    checkpoints: Mapping[str, Any]
+    """keep (how many), possible (False where the engine cannot save here)."""
+    limits: Mapping[str, Any]
+    """stop_after_seconds, stuck_after_seconds, max_restarts, shutdown_timeout_seconds, signals."""
+    health: Mapping[str, Any]
+    """policy."""
+    resume_from: str | None = None
+    """Another run's checkpoint to start from; a run's own ones are found without it."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,7 @@ class Plan:
     adapter: Adapter
     memory: Memory
     time: Time
+    storage: Storage
     offload: str
     worker: Worker
     command: tuple[str, ...] = ()
@@ -138,6 +159,7 @@ def plan_from_json(values: Mapping[str, Any]) -> Plan:
             "adapter": Adapter(**values["adapter"]),
             "memory": Memory(**values["memory"]),
             "time": Time(**values["time"]),
+            "storage": Storage(**values["storage"]),
             "worker": Worker(**values["worker"]),
             "command": tuple(values["command"]),
         }

@@ -8,6 +8,7 @@ from typing import Any
 from launcher.plan.adapter import METHODS
 from launcher.plan.engine import Engine
 from launcher.plan.types import Adapter, Batch, Topology, Worker
+from launcher.spec.durations import seconds
 from launcher.spec.schema import Spec
 
 TRAINING_KEYS = (
@@ -26,14 +27,23 @@ TRAINING_KEYS = (
     "fp16",
 )
 TASK = "CAUSAL_LM"
+# What an elastic agent passes on to its ranks; it would die on SIGUSR1 (torch 2.13).
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # None: TRL masks by the assistant tokens instead.
 COMPLETION_ONLY = {"assistant": None, "completion": True, "all": False}
 
 
 def make_worker(
-    spec: Spec, topology: Topology, batch: Batch, adapter: Adapter, engine: Engine, dtype: str
+    spec: Spec,
+    topology: Topology,
+    batch: Batch,
+    adapter: Adapter,
+    engine: Engine,
+    dtype: str,
+    shutdown_timeout_seconds: int,
 ) -> Worker:
     """Everything that reaches a rank, from a resolved spec and the decisions."""
+    limits = spec.limits
     return Worker(
         environment=engine.environment,
         training_arguments=training_arguments(spec, topology, batch, adapter),
@@ -50,6 +60,18 @@ def make_worker(
         loss=spec.loss,
         evaluation=spec.evaluation.model_dump(),
         samples=spec.samples.model_dump(),
+        checkpoints={
+            "keep": spec.checkpoints.keep,
+            "possible": can_checkpoint(spec.strategy, topology),
+        },
+        limits={
+            "stop_after_seconds": seconds(limits.stop_after) if limits.stop_after else None,
+            "stuck_after_seconds": seconds(limits.stuck_after),
+            "max_restarts": limits.max_restarts,
+            "shutdown_timeout_seconds": shutdown_timeout_seconds,
+            "signals": SIGNALS,
+        },
+        health=spec.health.model_dump(),
     )
 
 
@@ -71,7 +93,8 @@ def training_arguments(
         "ddp_find_unused_parameters": adapter.find_unused_parameters,
         "save_strategy": "steps" if can_checkpoint(spec.strategy, topology) else "no",
         "save_steps": spec.checkpoints.every_steps,
-        "save_total_limit": spec.checkpoints.keep,
+        # A loss that is not finite must be seen as it is (launcher.train.health).
+        "logging_nan_inf_filter": False,
         "logging_steps": 1,
         "disable_tqdm": True,
         "report_to": list(spec.trackers),

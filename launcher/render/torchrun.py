@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from launcher import __version__
 from launcher.plan.types import Topology
 from launcher.render.quote import exports, shell_block
 
-# Seconds between torchrun's SIGTERM to the ranks and its SIGKILL; the default of 30 cuts a
-# checkpoint short.
-SHUTDOWN_TIMEOUT_SECONDS = 120
 HEAD_NODE = "HEAD_NODE:29500"
 
 
-def torchrun_argv(topology: Topology, run_directory: str, run_name: str) -> tuple[str, ...]:
+def torchrun_argv(
+    topology: Topology, limits: Mapping[str, Any], run_directory: str, run_name: str
+) -> tuple[str, ...]:
     """Argv that starts this node's ranks.
 
     Args:
         topology: ranks and nodes.
+        limits: the worker's: max_restarts, and shutdown_timeout_seconds between torchrun's
+            SIGTERM to the ranks and its SIGKILL.
         run_directory: absolute path, or the run directory as the user named it.
         run_name: rendezvous id where there are several nodes.
     """
@@ -34,7 +36,9 @@ def torchrun_argv(topology: Topology, run_directory: str, run_name: str) -> tupl
         "torchrun",
         *rendezvous,
         f"--nproc-per-node={topology.gpus_per_node}",
-        f"--shutdown-timeout={SHUTDOWN_TIMEOUT_SECONDS}",
+        f"--max-restarts={limits['max_restarts']}",
+        f"--shutdown-timeout={limits['shutdown_timeout_seconds']}",
+        f"--signals-to-handle={limits['signals']}",
         "-m",
         "launcher.train",
         run_directory,

@@ -136,6 +136,15 @@ class RunDirectory:
         write_atomic(self.status, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         return record
 
+    def forget_after(self, step: int) -> None:
+        """Drop records of steps that a resumed run will take again."""
+        for path in (self.metrics, self.samples):
+            if not path.is_file():
+                continue
+            kept = [record for record in read_lines(path) if record["step"] <= step]
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            write_atomic(path, "".join(lines))
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl."""
         return list(read_lines(self.metrics))

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from launcher.spec.durations import seconds
 
 Strategy: TypeAlias = Literal[
     "auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1", "hsdp"
@@ -25,6 +34,14 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 ALL_LINEAR = "all-linear"
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _is_duration(value: str | int) -> str | int:
+    seconds(value)
+    return value
+
+
+Duration = Annotated[str | int, AfterValidator(_is_duration)]
 
 
 class Section(BaseModel):
@@ -145,6 +162,28 @@ class CheckpointSpec(Section):
     keep: Count = Field(3, description="How many of the newest are kept.")
 
 
+class LimitsSpec(Section):
+    """When a run ends by itself, and how often it starts again."""
+
+    stop_after: Duration | None = Field(
+        None, description="Save and stop after this time, such as 90s, 30m or 12h."
+    )
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0, description="How often failed ranks start again, from the last whole checkpoint."
+    )
+    stuck_after: Duration = Field(
+        "10m", description="A rank without progress for this long ends, its stacks in the log."
+    )
+
+
+class HealthSpec(Section):
+    """What happens at a step whose loss or gradient is not finite or explodes."""
+
+    policy: Literal["stop", "skip", "ignore"] = Field(
+        "stop", description="stop the run, skip the step, or ignore it."
+    )
+
+
 class EvaluationSpec(Section):
     """Evaluation on the held-out rows."""
 
@@ -208,6 +247,8 @@ class Spec(Section):
         None, description="Which tokens are trained on; by the shape of the data if unset."
     )
     checkpoints: CheckpointSpec = CheckpointSpec()
+    limits: LimitsSpec = LimitsSpec()
+    health: HealthSpec = HealthSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     samples: SamplesSpec = SamplesSpec()
     trackers: list[str] = Field(default_factory=list, description="tensorboard, wandb, ...")

@@ -14,12 +14,16 @@ import time
 import traceback
 from pathlib import Path
 
+from launcher.errors import ExitCode
 from launcher.plan.types import Plan, plan_from_json
 from launcher.runs.directory import RunDirectory, write_atomic
+from launcher.train.control import StoppedBeforeTraining, StopRequest
 from launcher.train.packages import leave_out_unused
-from launcher.train.process import finish, rank_of
+from launcher.train.process import die_with_parent, finish, rank_of
 
 ATTEMPT_VARIABLE = "SFTLAUNCH_ATTEMPT"
+RESTART_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
+UNHEALTHY = "UnhealthyStepError"
 USAGE_EXIT = 2
 INTERRUPTED_EXIT = 130
 
@@ -33,6 +37,8 @@ def main(arguments: list[str]) -> None:
         run_to_end(RunDirectory(Path(arguments[0]).resolve()))
     except KeyboardInterrupt:
         finish(INTERRUPTED_EXIT)
+    except StoppedBeforeTraining:
+        finish(ExitCode.PREEMPTED)
     except BaseException:
         finish(1)
     finish(0)
@@ -46,16 +52,24 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
         forked: whether the training packages were imported before this process was made,
             so that its environment could not be set ahead of them.
     """
-    attempt = int(os.environ.get(ATTEMPT_VARIABLE) or run.read_status().get("attempt") or 1)
+    attempt = attempt_of(run)
     open_rank_log(run, attempt)
+    die_with_parent()
     try:
         plan = read_plan(run)
+        stop = StopRequest(plan.worker.limits["stop_after_seconds"])
+        stop.install()
+        refuse_to_repeat(run, attempt)
         check_start(plan, forked)
         set_environment(plan, run)
         leave_out_unused([plan])
         from launcher.train.session import train
 
-        train(plan, run)
+        run.update_status(attempt=attempt)
+        train(plan, run, stop)
+    except StoppedBeforeTraining as request:
+        run.update_status(state="preempted", stage=f"stopped by {request} before training")
+        raise
     except BaseException as error:
         record_error(run, attempt, error)
         traceback.print_exc()
@@ -63,6 +77,26 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def attempt_of(run: RunDirectory) -> int:
+    """Number of this start of the ranks: torchrun's restarts count on from the launch."""
+    first = os.environ.get(ATTEMPT_VARIABLE) or run.read_status().get("attempt") or 1
+    return int(first) + int(os.environ.get(RESTART_VARIABLE, "0"))
+
+
+def refuse_to_repeat(run: RunDirectory, attempt: int) -> None:
+    """A step that was unhealthy would be so again: do not spend restarts on it.
+
+    Raises:
+        RuntimeError: with the earlier attempt's own words.
+    """
+    if not int(os.environ.get(RESTART_VARIABLE, "0")):
+        return
+    for path in run.logs(attempt - 1).glob("rank-*.error.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["type"] == UNHEALTHY:
+            raise RuntimeError(record["message"])
 
 
 def read_plan(run: RunDirectory) -> Plan:

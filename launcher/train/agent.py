@@ -9,10 +9,12 @@ is imported may have touched CUDA before a fork, and that is not proven here
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from launcher.runs.directory import RunDirectory
+from launcher.train.__main__ import read_plan, run_to_end
 from launcher.train.packages import leave_out_unused
 
 MONITOR_SECONDS = 0.05
@@ -20,13 +22,12 @@ MONITOR_SECONDS = 0.05
 
 def run_rank(folder: str) -> None:
     """What each forked rank does."""
-    from launcher.train.__main__ import run_to_end
-
     run_to_end(RunDirectory(Path(folder)), forked=True)
 
 
 def start(ranks: int, folder: str) -> int:
     """Run one directory's ranks to their end; 0 where all succeeded."""
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -37,7 +38,7 @@ def start(ranks: int, folder: str) -> int:
         run_id=Path(folder).name,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
+        max_restarts=read_plan(RunDirectory(Path(folder))).worker.limits["max_restarts"],
         monitor_interval=MONITOR_SECONDS,
         start_method="fork",
     )
@@ -47,15 +48,19 @@ def start(ranks: int, folder: str) -> int:
         # The ranks have recorded their own errors; this one only says that there are some.
         sys.stderr.write(f"{error}\n")
         return 1
+    except SignalException as stopped:
+        # What the ranks did with it stands in status.json.
+        sys.stderr.write(f"{stopped}\n")
+        return 1
     return 0
 
 
 def main(arguments: list[str]) -> int:
     """Import once, then run each directory."""
-    from launcher.train.__main__ import read_plan
-
     ranks, *folders = arguments
-    leave_out_unused(read_plan(RunDirectory(Path(folder))) for folder in folders)
+    plans = [read_plan(RunDirectory(Path(folder))) for folder in folders]
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = plans[0].worker.limits["signals"]
+    leave_out_unused(plans)
     import launcher.train.session  # noqa: F401 - what the ranks inherit
 
     return max(start(int(ranks), folder) for folder in folders)

@@ -9,16 +9,18 @@ from typing import Any
 from transformers import TrainerCallback
 
 from launcher.runs.directory import RunDirectory, append_line
+from launcher.train.control import Heartbeat, Ranks, StopRequest
 
 STATUS_INTERVAL_SECONDS = 0.5
+COLLECTIVE_MARGIN_SECONDS = 60.0
 METRIC_NAMES = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
 
 class RecordCallback(TrainerCallback):  # type: ignore[misc]
     """metrics.jsonl and status.json."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self.run = run
+    def __init__(self, run: RunDirectory, trainer: Any) -> None:
+        self.run, self.trainer = run, trainer
         self.last_status = 0.0
         self.last_time = time.monotonic()
         self.last_tokens = 0.0
@@ -27,8 +29,12 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say how many steps there will be."""
         self.last_time = time.monotonic()
+        self.last_step = state.global_step
+        self.last_tokens = self.trainer._total_train_tokens  # noqa: SLF001 - TRL's only counter
         if state.is_world_process_zero:
-            self.run.update_status(stage="training", step=0, max_steps=state.max_steps)
+            self.run.update_status(
+                stage="training", step=state.global_step, max_steps=state.max_steps
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the status, at most twice a second."""
@@ -104,17 +110,49 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answers on the way."""
         due = self.every_steps and state.global_step % self.every_steps == 0
-        if due and state.global_step < state.max_steps:
+        if due and not control.should_training_stop:
             self.write(state.global_step)
 
 
-class BatchCallback(TrainerCallback):  # type: ignore[misc]
-    """Checks the effective batch before the first optimizer step."""
+class AgreementCallback(TrainerCallback):  # type: ignore[misc]
+    """Stops all ranks at the same step, with a checkpoint."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
-        self.check = check
+    def __init__(self, trainer: Any, stop: StopRequest) -> None:
+        self.trainer, self.stop = trainer, stop
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here on a stop is a flag that is looked at once a step."""
+        self.stop.training = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All ranks are here with all their micro batches."""
-        if state.global_step == 0:
-            self.check()
+        self.trainer.agree_on_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where any rank was asked to; evaluation can wait, a grace period cannot."""
+        if self.trainer.agreement.stop:
+            control.should_save = self.trainer.plan.worker.checkpoints["possible"]
+            control.should_training_stop = self.trainer.stopped = True
+            control.should_evaluate = False
+
+
+class HeartbeatCallback(TrainerCallback):  # type: ignore[misc]
+    """Progress, for the timer that ends stuck ranks; and a limit on every collective."""
+
+    def __init__(self, ranks: Ranks, limit_seconds: float) -> None:
+        self.ranks, self.heartbeat = ranks, Heartbeat(limit_seconds)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Data and model are there: what takes long from now on is stuck."""
+        # The stacks come first, the collectives' own errors after them.
+        self.ranks.limit_collectives(self.heartbeat.limit_seconds + COLLECTIVE_MARGIN_SECONDS)
+        self.heartbeat.beat()
+
+    def _beat(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.heartbeat.beat()
+
+    on_step_begin = on_substep_end = on_step_end = on_prediction_step = on_save = _beat
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What follows has no steps to measure it by; the collectives' limit stays."""
+        self.heartbeat.stop()

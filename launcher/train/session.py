@@ -6,14 +6,22 @@ import time
 from typing import Any
 
 from transformers import EarlyStoppingCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from launcher.errors import PlanRefused
 from launcher.plan.types import Plan
+from launcher.runs.checkpoints import Checkpoint
 from launcher.runs.directory import RunDirectory, append_line
-from launcher.train.callbacks import BatchCallback, RecordCallback, SamplesCallback
+from launcher.train.callbacks import (
+    AgreementCallback,
+    HeartbeatCallback,
+    RecordCallback,
+    SamplesCallback,
+)
+from launcher.train.checkpoint import CheckpointStore
+from launcher.train.control import Ranks, StopRequest
 from launcher.train.data import load_rows, split_answer
 from launcher.train.generate import answers
+from launcher.train.health import Health
 from launcher.train.model import (
     keep_4bit_unpacked,
     load_tokenizer,
@@ -23,82 +31,117 @@ from launcher.train.model import (
     set_adapter_dtype,
 )
 from launcher.train.process import rank_of
-from launcher.train.save import save_final, save_fsdp1
-from launcher.train.state import check_engine, check_world, configure_state, wrapped_type
+from launcher.train.save import save_final
+from launcher.train.state import check_world, configure_state
+from launcher.train.trainer import CheckedTrainer
 
 
-class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that checks the engine and the batch equation on its first step."""
+def train(plan: Plan, run: RunDirectory, stop: StopRequest) -> None:
+    """Train, save and evaluate as the plan says; raises what goes wrong.
 
-    plan: Plan
-    rows_seen = 0
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Count rows until the first optimizer step."""
-        if self.state.global_step == 0:
-            self.rows_seen += len(inputs["input_ids"])
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the weights; FSDP1 needs a way of its own."""
-        if wrapped_type(self.model_wrapped) == "FSDP1":
-            save_fsdp1(self, output_dir or self.args.output_dir)
-        else:
-            super().save_model(output_dir, _internal_call)
-
-    def check_batch(self) -> None:
-        """The batch that was really seen, over all ranks, against the plan's equation.
-
-        Raises:
-            PlanRefused: where the first optimizer step saw another number of sequences.
-        """
-        import torch
-
-        seen = torch.tensor(self.rows_seen, device=self.accelerator.device)
-        total = int(self.accelerator.reduce(seen, "sum"))
-        planned = self.plan.batch.global_batch_size
-        # A packed row holds many sequences, and fewer rows than one batch are repeated.
-        if self.args.packing or len(self.train_dataset) < planned or total == planned:
-            return
-        raise PlanRefused(
-            "batch_equation",
-            f"the first step saw {total} sequences, the plan says {planned}",
-            why="the effective batch is not the one asked for",
-            fix="report this with the plan and the log",
-        )
-
-
-def train(plan: Plan, run: RunDirectory) -> None:
-    """Train, save and evaluate as the plan says; raises what goes wrong."""
+    It goes on from the run's newest whole checkpoint where there is one. A stop that was
+    asked for ends it in state `preempted`.
+    """
     started = time.monotonic()
     check_world(plan)
-    _stage(run, "starting", state="running")
+    _stage(run, "starting", state="running", error=None)
     configure_state(plan)
     arguments = sft_config(plan, run)
     tokenizer = load_tokenizer(plan)
     assert plan.worker.dataset is not None  # noqa: S101 - refused before the launch
     with arguments.main_process_first(desc="dataset"):
         rows, held_out = load_rows(plan.worker.dataset, arguments.seed)
+    ranks = Ranks(stop)
+    store = CheckpointStore(plan, run, ranks, Health(plan.worker.health["policy"]))
+    _stage(run, "looking for a checkpoint")
+    checkpoint = store.find(lambda text: _say(run, text))
     _stage(run, "loading the model")
-    trainer = make_trainer(plan, run, arguments, tokenizer, rows, held_out)
-    trainer.add_callback(RecordCallback(run))
-    trainer.add_callback(BatchCallback(trainer.check_batch))
+    trainer = make_trainer(plan, arguments, tokenizer, rows, held_out)
+    trainer.prepare_run(
+        plan,
+        ranks,
+        store,
+        row_numbers(rows, trainer.train_dataset),
+        lambda engine: _stage(run, "training", engine=engine),
+    )
     examiner = Examiner(plan, run, trainer, tokenizer, held_out)
-    trainer.add_callback(SamplesCallback(plan.worker.samples["every_steps"], examiner.examine))
-    patience = plan.worker.evaluation["early_stopping_patience"]
-    if patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(patience))
+    for callback in callbacks(plan, run, trainer, stop, examiner):
+        trainer.add_callback(callback)
     _stage(run, "preparing", seconds_to_ready=round(time.monotonic() - started, 3))
-    trainer.train()
+    _resume(run, trainer, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    if trainer.stopped or _asked_to_stop(ranks, stop):
+        _end_early(run, trainer, stop)
+        return
     if held_out is not None:
         _stage(run, "evaluating")
         trainer.evaluate()
     examiner.examine(trainer.state.global_step, last=True)
+    if _asked_to_stop(ranks, stop):
+        _end_early(run, trainer, stop)
+        return
     _stage(run, "saving", step=trainer.state.global_step)
     save_final(plan, run, trainer)
-    trainer.accelerator.wait_for_everyone()
+    ranks.wait()
+    stop.disarm()
     trainer.end()
-    _stage(run, "done", state="completed")
+    _stage(run, "done", state="completed", step=trainer.state.global_step)
+
+
+def callbacks(
+    plan: Plan, run: RunDirectory, trainer: Any, stop: StopRequest, examiner: Examiner
+) -> list[Any]:
+    """The run's callbacks, in the order they are called."""
+    worker = plan.worker
+    found: list[Any] = [
+        RecordCallback(run, trainer),
+        AgreementCallback(trainer, stop),
+        HeartbeatCallback(trainer.ranks, worker.limits["stuck_after_seconds"]),
+        SamplesCallback(worker.samples["every_steps"], examiner.examine),
+    ]
+    patience = worker.evaluation["early_stopping_patience"]
+    return [*found, EarlyStoppingCallback(patience)] if patience is not None else found
+
+
+def row_numbers(rows: Any, prepared: Any) -> list[int] | None:
+    """Each prepared row's number among the dataset's rows; None where TRL changed them."""
+    if len(rows) != len(prepared):
+        return None
+    indices = rows._indices  # noqa: SLF001 - a split keeps the original row numbers only here
+    return list(range(len(rows))) if indices is None else indices.column(0).to_pylist()
+
+
+def _resume(run: RunDirectory, trainer: Any, checkpoint: Checkpoint | None) -> None:
+    """Tell the trainer and the records where the run goes on."""
+    trainer.resumed = checkpoint
+    if checkpoint is None or rank_of() != 0:
+        return
+    _say(run, f"goes on from {checkpoint.path.name}")
+    run.forget_after(checkpoint.step)
+    run.update_status(resumed_from=checkpoint.path.name, step=checkpoint.step)
+
+
+def _asked_to_stop(ranks: Ranks, stop: StopRequest) -> bool:
+    """Whether any rank was, between two stages after the training."""
+    return any(ranks.gather(stop.wanted))
+
+
+def _end_early(run: RunDirectory, trainer: Any, stop: StopRequest) -> None:
+    reasons = [reason for reason in trainer.ranks.gather(stop.reason) if reason]
+    trainer.ranks.wait()
+    stop.disarm()
+    trainer.end()
+    step = trainer.state.global_step
+    why = reasons[0] if reasons else "a stop request"
+    _stage(run, f"stopped by {why}", state="preempted", step=step)
+
+
+def _say(run: RunDirectory, text: str) -> None:
+    """One line in the log, and in the status for those who follow."""
+    if rank_of() == 0:
+        print(text, flush=True)  # noqa: T201 - standard output is this rank's log
+        notes = [*run.read_status().get("notes", []), text]
+        run.update_status(notes=notes)
 
 
 def sft_config(plan: Plan, run: RunDirectory) -> Any:
@@ -109,10 +152,8 @@ def sft_config(plan: Plan, run: RunDirectory) -> Any:
     )
 
 
-def make_trainer(
-    plan: Plan, run: RunDirectory, arguments: Any, tokenizer: Any, rows: Any, held_out: Any
-) -> Any:
-    """The trainer, which checks its engine as soon as the model is wrapped."""
+def make_trainer(plan: Plan, arguments: Any, tokenizer: Any, rows: Any, held_out: Any) -> Any:
+    """The trainer with the model in the dtypes that the plan says."""
     trainer = CheckedTrainer(
         model=plan.worker.model["path"],
         args=arguments,
@@ -122,18 +163,9 @@ def make_trainer(
         quantization_config=quantization_config(plan),
         peft_config=peft_config(plan),
     )
-    trainer.plan = plan
     set_adapter_dtype(plan, trainer.model)
     if plan.topology.device == "cpu":
         keep_4bit_unpacked(trainer.model)
-    prepare = trainer._prepare_for_training  # noqa: SLF001 - the one place that wraps
-
-    def prepare_and_check(*args: Any, **kwargs: Any) -> Any:
-        model, loader = prepare(*args, **kwargs)
-        _stage(run, "training", engine=check_engine(plan, trainer.model_wrapped))
-        return model, loader
-
-    trainer._prepare_for_training = prepare_and_check  # noqa: SLF001
     return trainer
 
 

@@ -1,0 +1,95 @@
+"""Which rows each optimizer step sees: the same ones on any number of ranks.
+
+Every epoch is a seeded order of all rows, cut into global batches. The last batch of an
+epoch is filled up with rows whose labels are masked, so that each row counts exactly once
+an epoch whatever the number of ranks; they add nothing to the loss, which is a mean over
+unmasked tokens of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+IGNORED_LABEL = -100
+
+
+class GlobalBatchOrder(Sampler[int]):
+    """Row numbers of one epoch, in whole global batches.
+
+    Args:
+        rows: number of rows.
+        global_batch_size: sequences per optimizer step.
+        seed: of the shuffle.
+        shuffle: False keeps the rows in order.
+    """
+
+    def __init__(self, rows: int, global_batch_size: int, seed: int, *, shuffle: bool) -> None:
+        self.rows, self.global_batch_size = rows, global_batch_size
+        self.seed, self.shuffle = seed, shuffle
+        self.epoch = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.rows // self.global_batch_size)
+
+    def __len__(self) -> int:
+        return self.steps * self.global_batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.order(self.epoch)
+        for position in range(len(self)):
+            yield order[position % self.rows]
+
+    def order(self, epoch: int) -> list[int]:
+        """All rows once, in an epoch's order."""
+        if not self.shuffle:
+            return list(range(self.rows))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        found: list[int] = torch.randperm(self.rows, generator=generator).tolist()
+        return found
+
+    def step_rows(self, step: int) -> list[int]:
+        """Rows of an optimizer step, counted from 0; without the filling."""
+        epoch, step_in_epoch = divmod(step, self.steps)
+        start = step_in_epoch * self.global_batch_size
+        return self.order(epoch)[start : start + self.global_batch_size]
+
+    def filling(self, step: int) -> int:
+        """How many sequences of an optimizer step are only there to fill it."""
+        start = step % self.steps * self.global_batch_size
+        return max(0, start + self.global_batch_size - self.rows)
+
+
+def positions(micro_step: int, rank: int, world: int, micro_batch_size: int) -> range:
+    """Places in its global batch of a micro batch's sequences (accelerate deals them so)."""
+    start = (micro_step * world + rank) * micro_batch_size
+    return range(start, start + micro_batch_size)
+
+
+def mask_filling(
+    batches: Iterable[Any],
+    *,
+    real: int,
+    rank: int,
+    world: int,
+    micro_batch_size: int,
+) -> Iterator[Any]:
+    """Micro batches with the labels of all sequences beyond the real ones masked.
+
+    Args:
+        batches: this rank's micro batches of one optimizer step, in order.
+        real: sequences of the global batch that count.
+        rank: this rank.
+        world: number of ranks.
+        micro_batch_size: sequences in a micro batch.
+    """
+    for micro_step, batch in enumerate(batches):
+        for row, position in enumerate(positions(micro_step, rank, world, micro_batch_size)):
+            if position >= real:
+                batch["labels"][row] = IGNORED_LABEL
+        yield batch

@@ -1,0 +1,264 @@
+"""The training state as named tensors, in one form for every engine.
+
+`model.NAME` is a trainable parameter, `optimizer.NAME.KEY` a piece of its optimizer state,
+each with the shape that one process would see. torch's distributed checkpoint stores and
+reshards them, so what one strategy or number of ranks has saved, another can load. Frozen
+base weights are not part of it: they are loaded from the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from launcher.train.state import wrapped_type
+
+# What engines and wrappers put into parameter names.
+WRAPPERS = ("module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# Parameters of an optimizer that ZeRO rebuilds at once; each is whole on every rank then.
+PARAMETERS_AT_ONCE = 16
+
+
+class StateMismatchError(RuntimeError):
+    """The checkpoint holds other tensors than this run trains."""
+
+
+def save_tensors(trainer: Any, folder: Path, group: Any) -> None:
+    """Write the training state; collective.
+
+    Args:
+        trainer: after its model was wrapped.
+        folder: does not exist yet.
+        group: process group of all ranks, on CPU; None for one process.
+    """
+    if is_zero(trainer):
+        tensors = _zero_tensors(trainer)
+    else:
+        tensors = dict(_live_tensors(trainer))
+    dcp.save(
+        tensors,
+        storage_writer=dcp.FileSystemWriter(folder),
+        process_group=group,
+        no_dist=group is None,
+    )
+
+
+def load_tensors(trainer: Any, folder: Path) -> None:
+    """Read the training state into the wrapped model and its optimizer.
+
+    Every rank reads for itself what it needs. Saved dtypes are cast to the run's own.
+
+    Raises:
+        StateMismatchError: where names or shapes differ.
+    """
+    optimizer = inner_optimizer(trainer)
+    if is_zero(trainer):
+        _load_zero(trainer, folder)
+        return
+    initialise(optimizer)
+    tensors = dict(_live_tensors(trainer))
+    _check_same(tensors, folder)
+    _read(tensors, folder)
+    _put_back_numbers(trainer, tensors)
+
+
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a saved training state."""
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+
+
+def is_zero(trainer: Any) -> bool:
+    """Whether DeepSpeed holds the optimizer."""
+    return wrapped_type(trainer.model_wrapped) == "DeepSpeed"
+
+
+def inner_optimizer(trainer: Any) -> Any:
+    """The optimizer under accelerate's and DeepSpeed's."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def trainable(trainer: Any) -> Iterator[tuple[str, Any]]:
+    """Trainable parameters under the names of the bare model."""
+    for name, parameter in trainer.model_wrapped.named_parameters():
+        if parameter.requires_grad:
+            yield plain_name(name), parameter
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers have added."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "") if wrapper != "module." else name.removeprefix(wrapper)
+    return name
+
+
+def initialise(optimizer: Any) -> None:
+    """Make an optimizer allocate its state, without a change to any weight.
+
+    A step with zero gradients and learning rate 0; what it counts is loaded over.
+    """
+    waiting = [p for group in optimizer.param_groups for p in group["params"]]
+    if all(optimizer.state.get(parameter) for parameter in waiting):
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(lr) if torch.is_tensor(lr := group["lr"]) else 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def _live_tensors(trainer: Any) -> Iterator[tuple[str, Any]]:
+    """The tensors that training itself uses: loading into them is all there is to do."""
+    state = inner_optimizer(trainer).state
+    for name, parameter in trainable(trainer):
+        yield f"model.{name}", parameter.detach()
+        for key, value in sorted(state.get(parameter, {}).items()):
+            yield f"optimizer.{name}.{key}", value if torch.is_tensor(value) else torch.tensor(value)
+
+
+def _put_back_numbers(trainer: Any, tensors: Mapping[str, Any]) -> None:
+    """Optimizer state that is a plain number (8-bit optimizers count their steps so)."""
+    state = inner_optimizer(trainer).state
+    for name, parameter in trainable(trainer):
+        for key, value in state.get(parameter, {}).items():
+            if not torch.is_tensor(value):
+                state[parameter][key] = type(value)(tensors[f"optimizer.{name}.{key}"].item())
+
+
+def _check_same(tensors: Mapping[str, Any], folder: Path) -> None:
+    _compare({name: tuple(tensor.shape) for name, tensor in tensors.items()}, saved_shapes(folder))
+
+
+def _compare(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    lost, new = sorted(saved.keys() - here.keys()), sorted(here.keys() - saved.keys())
+    other = [name for name in sorted(here.keys() & saved.keys()) if here[name] != saved[name]]
+    problems = [
+        f"{len(names)} {what}, such as {names[0]}"
+        for names, what in (
+            (lost, "tensors of the checkpoint are not in this run"),
+            (new, "tensors of this run are not in the checkpoint"),
+            (other, "tensors have another shape"),
+        )
+        if names
+    ]
+    if problems:
+        raise StateMismatchError("; ".join(problems))
+
+
+def _read(tensors: dict[str, Any], folder: Path) -> None:
+    dcp.load(
+        tensors,
+        storage_reader=dcp.FileSystemReader(folder),
+        planner=DefaultLoadPlanner(),
+        no_dist=True,
+    )
+
+
+# --- ZeRO: DeepSpeed keeps flat partitions, and hands out and takes whole tensors ---
+
+
+def _zero_tensors(trainer: Any) -> dict[str, Any]:
+    """This rank's share of the whole tensors, on the CPU; collective, one tensor at a time."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    step = _zero_step(trainer)
+    share: dict[str, Any] = {}
+    for index, (name, parameter) in enumerate(trainable(trainer)):
+        whole = {f"model.{name}": safe_get_full_fp32_param(parameter)}
+        for key in _zero_keys(trainer):
+            full = safe_get_full_optimizer_state(parameter, key)
+            whole[f"optimizer.{name}.{key}"] = full
+        if index % world == rank:
+            share |= {key: tensor.detach().cpu().clone() for key, tensor in whole.items()}
+            share[f"optimizer.{name}.step"] = step.clone()
+    return share
+
+
+def _load_zero(trainer: Any, folder: Path) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    _initialise_zero(trainer)
+    keys = _zero_keys(trainer)
+    named = list(trainable(trainer))
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
+    here: dict[str, Any] = {f"model.{name}": shape for name, shape in shapes.items()}
+    here |= {f"optimizer.{n}.{key}": shape for n, shape in shapes.items() for key in keys}
+    here |= {f"optimizer.{name}.step": () for name in shapes}
+    _compare(here, saved_shapes(folder))
+    step = torch.zeros(())
+    for start in range(0, len(named), PARAMETERS_AT_ONCE):
+        some = named[start : start + PARAMETERS_AT_ONCE]
+        wanted = {
+            f"{prefix}": torch.empty(shapes[name], dtype=torch.float32)
+            for name, _ in some
+            for prefix in (f"model.{name}", *(f"optimizer.{name}.{key}" for key in keys))
+        }
+        steps = {f"optimizer.{name}.step": step for name, _ in some}
+        _read({**wanted, **steps}, folder)
+        for name, parameter in some:
+            safe_set_full_fp32_param(parameter, wanted[f"model.{name}"])
+            for key in keys:
+                value = wanted[f"optimizer.{name}.{key}"]
+                safe_set_full_optimizer_state(parameter, value, key)
+    for state in inner_optimizer(trainer).state.values():
+        if "step" in state:
+            state["step"] = step.clone() if torch.is_tensor(state["step"]) else int(step)
+    _refresh_low_precision(trainer)
+
+
+def _zero_keys(trainer: Any) -> list[str]:
+    """Names of the optimizer's per-parameter tensors, such as exp_avg."""
+    for state in inner_optimizer(trainer).state.values():
+        return sorted(k for k, v in state.items() if torch.is_tensor(v) and v.dim() > 0)
+    return []
+
+
+def _zero_step(trainer: Any) -> Any:
+    for state in inner_optimizer(trainer).state.values():
+        if "step" in state:
+            return torch.as_tensor(state["step"], dtype=torch.float32).cpu().reshape(())
+    return torch.zeros(())
+
+
+def _initialise_zero(trainer: Any) -> None:
+    """Allocate the partitions' optimizer state, and link it to the parameters."""
+    zero, optimizer = trainer.model_wrapped.optimizer, inner_optimizer(trainer)
+    if hasattr(zero, "sub_group_to_group_id"):
+        # ZeRO-3 hands its optimizer one sub-group at a time, and none in between.
+        for number, partition in enumerate(zero.fp32_partitioned_groups_flat):
+            group = optimizer.param_groups[zero.sub_group_to_group_id[number]]
+            if not optimizer.state.get(partition):
+                group["params"] = [partition]
+                initialise(optimizer)
+                group["params"] = []
+    else:
+        initialise(optimizer)
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - what its first step does
+
+
+def _refresh_low_precision(trainer: Any) -> None:
+    """Copy the loaded float32 masters to the weights that the forward uses."""
+    zero = trainer.model_wrapped.optimizer
+    if hasattr(zero, "update_lp_params"):
+        zero.update_lp_params()
+        return
+    pairs = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+    for weights, masters in pairs:
+        if weights is not None:
+            weights.data.copy_(masters.data)
