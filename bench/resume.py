@@ -75,7 +75,9 @@ class Lab:
 
     def start(self, method: str, strategies: Sequence[str]) -> None:
         """The uninterrupted runs: the reference, and every strategy's checkpoints."""
-        outcomes = run_cells([self.cell(s, method, default_ranks(s)) for s in strategies], self.folder)
+        outcomes = run_cells(
+            [self.cell(s, method, default_ranks(s)) for s in strategies], self.folder
+        )
         self.references[method] = outcomes[0].losses
 
     def cell(
@@ -110,9 +112,7 @@ class Lab:
             for o in run_cells(cells, self.folder)
         ]
 
-    def other_strategies(
-        self, method: str, pairs: Sequence[tuple[str, str]]
-    ) -> list[Resumed]:
+    def other_strategies(self, method: str, pairs: Sequence[tuple[str, str]]) -> list[Resumed]:
         """From one strategy's checkpoint to another strategy."""
         step = 2 * EVERY
         cells = {

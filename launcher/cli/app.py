@@ -20,6 +20,7 @@ COMMANDS = {
     "init": ("launcher.cli.start", "init"),
     "logs": ("launcher.cli.watch", "logs"),
     "recipes": ("launcher.cli.start", "recipes"),
+    "resume": ("launcher.cli.run", "resume"),
     "schema": ("launcher.cli.start", "schema"),
     "status": ("launcher.cli.watch", "status"),
 }
@@ -30,6 +31,7 @@ SHORT_HELP = {
     "init": "Write a first sft.yaml.",
     "logs": "Show a run's logs.",
     "recipes": "List the recipes that come with the launcher.",
+    "resume": "Go on with a run from its last whole checkpoint.",
     "schema": "Print the JSON schema of the spec.",
     "status": "Show where a run stands.",
 }

@@ -15,6 +15,7 @@ from launcher.launch.local import launch
 from launcher.plan.types import Plan
 from launcher.render.text import duration, entry, progress_text
 from launcher.render.torchrun import launch_environment
+from launcher.runs.checkpoints import describe, newest_whole
 from launcher.runs.directory import RunDirectory, read_lines
 from launcher.runs.failures import Failure
 
@@ -66,13 +67,20 @@ def follow(plan: Plan, run: RunDirectory, output: str, cpu_count: int, as_json: 
     except KeyboardInterrupt:
         progress.close()
         run.update_status(state="failed", error={"message": "interrupted"})
-        click.echo(f"interrupted: all ranks were stopped; logs are in {output}/logs", err=True)
+        click.echo(
+            f"interrupted twice: all ranks were ended at once; logs are in {output}/logs; "
+            f"sftlaunch resume {output} goes on from the last checkpoint",
+            err=True,
+        )
         return ExitCode.RUN_FAILED
     progress.close()
     if as_json:
         click.echo(json.dumps(run.read_status()))
     if failure is not None:
         _show_failure(failure, output)
+        _show_way_on(run, output)
+    elif code == ExitCode.PREEMPTED:
+        _show_stop(run, output)
     elif not as_json:
         _show_result(plan, run, output)
     return code
@@ -89,6 +97,20 @@ def _show_failure(failure: Failure, output: str) -> None:
         ranks = ", ".join(map(str, failure.secondary))
         click.echo(f"  because of it, too: rank {ranks}", err=True)
     click.echo(f"  full log: {output}/{failure.log}", err=True)
+
+
+def _show_stop(run: RunDirectory, output: str) -> None:
+    status = run.read_status()
+    click.echo(f"{status.get('stage')} at step {status.get('step') or 0}", err=True)
+    _show_way_on(run, output)
+
+
+def _show_way_on(run: RunDirectory, output: str) -> None:
+    """What is safe, and how to go on."""
+    newest, skipped = newest_whole(run.checkpoints, contents=False)
+    describe(skipped, lambda text: click.echo(f"  {text}", err=True))
+    saved = f"{newest.path.name} is whole" if newest else "there is no checkpoint yet"
+    click.echo(f"  {saved}; go on with: sftlaunch resume {output}", err=True)
 
 
 def _show_result(plan: Plan, run: RunDirectory, output: str) -> None:

@@ -77,6 +77,20 @@ OPTIONS: tuple[tuple[str, str, Any, str | None, str], ...] = (
     ),
     ("--output", "output", str, "DIR", "The run directory."),
     (
+        "--stop-after",
+        "limits.stop_after",
+        str,
+        "DURATION",
+        "Save and stop after this time, such as 90s or 12h.",
+    ),
+    (
+        "--max-restarts",
+        "limits.max_restarts",
+        click.IntRange(min=0),
+        "N",
+        "Start failed ranks again, from the last whole checkpoint.",
+    ),
+    (
         "--device",
         "hardware.device",
         click.Choice(get_args(Device)),
@@ -115,10 +129,10 @@ def plan_options(command: Command) -> Command:
         ),
         click.option(
             "--resume",
-            default="never",
+            default="auto",
             show_default=True,
             metavar="auto|never|PATH",
-            help="Go on with an earlier run.",
+            help="Go on with the run in the output folder, or from PATH (a run, a checkpoint).",
         ),
         click.option(
             "--on",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,14 +12,28 @@ from typing import Any
 
 import click
 
+from launcher.cli.going_on import (
+    check_source,
+    choose_source,
+    keep_global_batch,
+    other_hardware,
+    read_spec,
+    refuse_other_run,
+    refuse_running,
+    say_complete,
+    say_where,
+    with_measured_save,
+)
 from launcher.cli.options import Request, load_request, make_request, plan_options
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.facts.probe import Facts, probe
+from launcher.insight.find import find_run
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
 from launcher.render.files import run_files, with_files
 from launcher.render.text import plan_lines
 from launcher.runs.directory import RunDirectory
+from launcher.spec.load import Override
 
 
 @dataclass(frozen=True)
@@ -57,23 +72,99 @@ def run(dry_run: bool, **arguments: Any) -> int:
 
     Without a SPEC it takes ./sft.yaml, else the built-in recipe tiny.
     """
-    request = make_request(arguments)
+    return start(make_request(arguments), dry_run)
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.option("--dry-run", is_flag=True, help="Plan and print, launch nothing.")
+@plan_options
+def resume(dry_run: bool, **arguments: Any) -> int:
+    """Go on with a RUN from its last whole checkpoint, also on other hardware.
+
+    SPEC is a run directory here, or its name below ./runs; the newest one without it. The
+    global batch stays as it is: on another number of GPUs the accumulation is solved again.
+    """
+    found = find_run(arguments["spec_path"])
+    request = dataclasses.replace(make_request(arguments), spec=str(found.spec))
+    if request.resume == "never":
+        raise SpecError(
+            "resume_never", "resume with --resume never", fix="start anew with another --output"
+        )
+    overrides = (
+        *other_hardware(read_spec(found), request.overrides),
+        *request.overrides,
+        Override("output", str(found.path), "RUN"),
+    )
+    return start(dataclasses.replace(request, overrides=overrides), dry_run)
+
+
+def start(request: Request, dry_run: bool) -> int:
+    """Decide, then launch or go on; what `run` and `resume` share."""
     decided = decide(request)
+    run_directory = RunDirectory(Path(os.path.abspath(decided.output)))  # noqa: PTH100 - keeps links
+    goes_on = run_directory.exists() and request.resume != "never"
+    if goes_on:
+        decided = _go_on(decided, request, run_directory)
     if dry_run:
         show(decided, request)
+        return ExitCode.DONE
+    if goes_on and run_directory.read_status().get("state") == "completed":
+        say_complete(run_directory, decided.output)
         return ExitCode.DONE
     if decided.planned.spec.dataset is None:
         raise SpecError(
             "missing_key", "dataset is not set", why="a run needs rows", fix="pass --dataset FILE"
         )
-    from launcher.launch.local import check_environment
+    from launcher.launch.local import check_environment, check_space
 
     check_environment(decided.plan, len(decided.facts.gpus))
-    directory = claim_output(decided)
+    check_space(decided.plan, run_directory)
+    decided = _with_source(decided, request, run_directory, goes_on)
+    claim_output(decided, run_directory, goes_on=goes_on)
     show(decided, request, to_stderr=request.json)
+    if goes_on:
+        say_where(run_directory, decided.output, to_stderr=request.json)
     from launcher.cli.follow import follow
 
-    return follow(decided.plan, directory, decided.output, decided.facts.cpu_count, request.json)
+    return follow(
+        decided.plan, run_directory, decided.output, decided.facts.cpu_count, request.json
+    )
+
+
+def _go_on(decided: Decided, request: Request, run: RunDirectory) -> Decided:
+    """Plan the run that is there with this request's hardware.
+
+    Raises:
+        SpecError: where the folder holds another run.
+    """
+    refuse_running(run)
+    if "batch.global_batch_size" in decided.plan.defaults:
+        decided = decide(keep_global_batch(request, run))
+    refuse_other_run(run, decided.planned.spec, decided.output)
+    planned = dataclasses.replace(
+        decided.planned, plan=with_measured_save(decided.planned.plan, run)
+    )
+    return _rendered(decided, planned)
+
+
+def _with_source(decided: Decided, request: Request, run: RunDirectory, goes_on: bool) -> Decided:
+    """The plan with the checkpoint that `--resume PATH` names."""
+    if request.resume in ("auto", "never"):
+        return decided
+    source = choose_source(request.resume, run, run if goes_on else None)
+    if source is None:
+        return decided
+    check_source(source, decided.plan)
+    refuse_other_run(RunDirectory(source.path.parents[1]), decided.planned.spec, request.resume)
+    worker = dataclasses.replace(decided.planned.plan.worker, resume_from=str(source.path))
+    plan = dataclasses.replace(decided.planned.plan, worker=worker)
+    return _rendered(decided, dataclasses.replace(decided.planned, plan=plan))
+
+
+def _rendered(decided: Decided, planned: Planned) -> Decided:
+    path = os.path.abspath(decided.output)  # noqa: PTH100 - keeps links
+    plan = with_files(planned, path, decided.facts.cpu_count)
+    return dataclasses.replace(decided, planned=planned, plan=plan)
 
 
 def decide(request: Request) -> Decided:
@@ -126,24 +217,24 @@ def free_name(output: str) -> str:
     return str(path)
 
 
-def claim_output(decided: Decided) -> RunDirectory:
+def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool) -> None:
     """Write the run directory's files; never over another run.
 
     Raises:
         SpecError: the folder is taken, or cannot be written.
     """
-    run_directory = RunDirectory(Path(os.path.abspath(decided.output)))  # noqa: PTH100 - keeps links
     try:
-        _refuse_taken(run_directory, decided.output)
+        if not goes_on:
+            _refuse_taken(run_directory, decided.output)
         run_directory.create(run_files(decided.plan))
-        run_directory.update_status(state="planned", attempt=0)
+        attempt = int(run_directory.read_status().get("attempt") or 0)
+        run_directory.update_status(state="planned", attempt=attempt, error=None, notes=[])
     except OSError as error:
         raise SpecError(
             "output_unwritable",
             f"{decided.output} cannot be written: {error.strerror}",
             fix="use --output with a folder that you may write",
         ) from None
-    return run_directory
 
 
 def _refuse_taken(run_directory: RunDirectory, output: str) -> None:
@@ -153,7 +244,7 @@ def _refuse_taken(run_directory: RunDirectory, output: str) -> None:
             "output_taken",
             f"{output} holds another run",
             why="a run is never overwritten",
-            fix=f"use --output {free_name(output)}, or remove the folder",
+            fix=f"use --output {free_name(output)}, or --resume auto to go on with it",
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SpecError(
@@ -170,10 +261,4 @@ def _refuse_unready(request: Request) -> None:
             "target",
             f"--on {request.target} is not in this version",
             fix="use --on local, or start the command of `sftlaunch plan` in a job of your own",
-        )
-    if request.resume != "never":
-        raise EnvironmentNotReady(
-            "resume",
-            f"--resume {request.resume} is not in this version",
-            fix="start anew with another --output",
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import EnvironmentNotReady, ExitCode
 from launcher.launch.processes import MARK, end_all
@@ -17,11 +19,21 @@ from launcher.plan.types import Plan
 from launcher.render.quote import shell_line
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import Failure, find_failure
+from launcher.train.process import die_with_parent
 
 POLL_SECONDS = 0.1
-# After a stop was asked for, and for stragglers after the agent has ended by itself.
-STOP_GRACE_SECONDS = 30.0
+# For stragglers after the agent has ended by itself, and for all after a second Ctrl-C.
 END_GRACE_SECONDS = 2.0
+# Signals that ask for a checkpoint and an end.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Stages in which an attempt has nothing yet that is not in a checkpoint.
+BEFORE_TRAINING = (
+    "starting",
+    "looking for a checkpoint",
+    "loading the model",
+    "preparing",
+)
+MEGABYTE = 1_000_000
 
 
 def check_environment(plan: Plan, present_gpus: int) -> None:
@@ -70,6 +82,35 @@ def _check_packages(plan: Plan) -> None:
         )
 
 
+def check_space(plan: Plan, run: RunDirectory) -> None:
+    """Hold the free space against the checkpoints that the plan predicts.
+
+    Raises:
+        EnvironmentNotReady: where they would not fit.
+    """
+    needed = plan.storage.total_bytes
+    if needed is None:
+        return
+    there = next(path for path in (run.path, *run.path.parents) if path.is_dir())
+    held = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    free = shutil.disk_usage(there).free + held
+    if needed <= free:
+        return
+    keep = plan.worker.checkpoints["keep"]
+    raise EnvironmentNotReady(
+        "disk_space",
+        f"{keep} checkpoints and the final save need {_megabytes(needed)}, "
+        f"{_megabytes(free)} are free for {run.path}",
+        why=f"one checkpoint has {_megabytes(plan.storage.checkpoint_bytes or 0)}, "
+        "and the next is written before an old one goes",
+        fix="use --set checkpoints.keep=1, or --output on another disk",
+    )
+
+
+def _megabytes(number: int) -> str:
+    return f"{number / MEGABYTE:,.1f} MB"
+
+
 def launch(
     plan: Plan,
     run: RunDirectory,
@@ -90,8 +131,10 @@ def launch(
     attempt = int(run.read_status().get("attempt") or 0) + 1
     run.logs(attempt).mkdir(parents=True, exist_ok=True)
     run.update_status(state="running", attempt=attempt, stage="starting", error=None)
+    # The plan may be another at the next attempt: each keeps what it ran.
+    shutil.copyfile(run.plan, run.logs(attempt) / "plan.json")
     argv = start_argv(plan)
-    with run.launcher_log(attempt).open("ab") as log, _stop_signals():
+    with run.launcher_log(attempt).open("ab") as log, StopSignals() as stop:
         log.write(f"{shell_line(argv)}\n".encode())
         log.flush()
         process = subprocess.Popen(
@@ -108,10 +151,12 @@ def launch(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Where this process is killed, the ranks save and stop instead of staying behind.
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
-        code = _watch(process, run, on_poll)
+        code = _watch(process, run, stop, on_poll)
     on_poll()
-    return _outcome(run, attempt, code)
+    return _outcome(run, code, stopped=stop.asked)
 
 
 def start_argv(plan: Plan) -> list[str]:
@@ -121,7 +166,7 @@ def start_argv(plan: Plan) -> list[str]:
     and a single rank needs no agent (docs/decisions/0002-fork-on-cpu.md).
     """
     *_, run_directory = plan.command
-    if plan.strategy == "single":
+    if plan.strategy == "single" and not plan.worker.limits["max_restarts"]:
         return [sys.executable, "-m", "launcher.train", run_directory]
     if plan.topology.device == "cpu":
         ranks = str(plan.topology.gpus)
@@ -137,46 +182,69 @@ def _python_path() -> str:
     return os.pathsep.join(part for part in (package_parent, inherited) if part)
 
 
-def _watch(process: subprocess.Popen[bytes], run: RunDirectory, on_poll: Callable[[], None]) -> int:
+def _watch(
+    process: subprocess.Popen[bytes],
+    run: RunDirectory,
+    stop: StopSignals,
+    on_poll: Callable[[], None],
+) -> int:
     """Wait for the end. Whatever ends the wait, no process of the run outlives it."""
-    grace = STOP_GRACE_SECONDS
+    forwarded = False
     try:
         while (code := process.poll()) is None:
+            if stop.asked and not forwarded:
+                forwarded = True
+                process.send_signal(signal.SIGTERM)
             on_poll()
             time.sleep(POLL_SECONDS)
-        grace = END_GRACE_SECONDS
         return code
     finally:
-        end_all(str(run.path), grace)
+        end_all(str(run.path), END_GRACE_SECONDS)
         process.wait()
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop a run as Ctrl-C does, instead of orphaning its ranks."""
+class StopSignals:
+    """Takes over the signals that ask for a stop, while the ranks run.
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+    The first one is passed on to the ranks, which save and stop; more of the same kind say
+    nothing new, but a second Ctrl-C ends all at once.
+    """
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.asked = False
+        self._interrupts = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _handle(self, number: int, frame: object) -> None:
+        self.asked = True
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
 
-def _outcome(run: RunDirectory, attempt: int, code: int) -> tuple[ExitCode, Failure | None]:
+
+def _outcome(run: RunDirectory, code: int, *, stopped: bool) -> tuple[ExitCode, Failure | None]:
     """What happened, by what the ranks recorded; torchrun's exit code is only a hint."""
-    state = run.read_status().get("state")
+    status = run.read_status()
+    state, attempt = status.get("state"), int(status["attempt"])
     if code == 0 and state == "completed":
         return ExitCode.DONE, None
     if state == "preempted":
+        return ExitCode.PREEMPTED, None
+    if stopped and status.get("stage") in BEFORE_TRAINING:
+        run.update_status(state="preempted", stage="stopped before training")
         return ExitCode.PREEMPTED, None
     detail = f"the ranks were ended by signal {-code}" if code < 0 else f"the ranks exited {code}"
     if code == 0:
         detail = "the ranks ended before the run was complete"
     failure = find_failure(run, attempt, detail)
-    run.update_status(state="failed", error=failure.as_json())
+    with contextlib.suppress(OSError):  # a full disk must not hide the failure
+        run.update_status(state="failed", error=failure.as_json())
     return ExitCode.RUN_FAILED, failure

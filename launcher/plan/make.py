@@ -98,7 +98,15 @@ def make_plan(spec: Spec, facts: Facts) -> Planned:
         time=time,
         storage=storage,
         offload=resolved.offload,
-        worker=make_worker(explicit, topology, batch, adapter, engine, dtype, patience),
+        worker=make_worker(
+            explicit,
+            topology,
+            batch,
+            adapter,
+            engine,
+            dtype=dtype,
+            shutdown_timeout_seconds=patience,
+        ),
     )
     return Planned(plan, explicit, engine)
 

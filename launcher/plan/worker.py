@@ -39,6 +39,7 @@ def make_worker(
     batch: Batch,
     adapter: Adapter,
     engine: Engine,
+    *,
     dtype: str,
     shutdown_timeout_seconds: int,
 ) -> Worker:

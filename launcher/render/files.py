@@ -41,9 +41,7 @@ def with_files(planned: Planned, run_directory: str, cpu_count: int) -> Plan:
         cpu_count: processors of a node, for the ranks' thread counts.
     """
     plan = planned.plan
-    argv = torchrun_argv(
-        plan.topology, plan.worker.limits, run_directory, Path(run_directory).name
-    )
+    argv = torchrun_argv(plan.topology, plan.worker.limits, run_directory, Path(run_directory).name)
     environment = launch_environment(plan.topology, cpu_count)
     files = {
         "accelerate.yaml": yaml_text(_replaced(planned.engine.accelerate, run_directory)),

@@ -140,7 +140,7 @@ def newest_whole(
         root: the run's checkpoint folder.
         contents: whether checksums are held against the files, which reads them all.
     """
-    skipped = []
+    skipped: list[Skipped] = []
     for folder in checkpoint_folders(root):
         found = whole(folder, contents=contents)
         if isinstance(found, Checkpoint):

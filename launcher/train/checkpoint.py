@@ -1,11 +1,11 @@
 """Checkpoints of a running session: written by all ranks, sealed by the first.
 
-    state/               trainable parameters and optimizer state (launcher.train.tensors)
-    adapter_*            the adapter as PEFT loads it, where one is trained
-    trainer_state.json   step, epoch and log history, as transformers writes it
-    progress.pt          scheduler, loss scaler, token count, health
-    random-R.pt          random states of rank R
-    complete.json        the seal, written last
+state/               trainable parameters and optimizer state (launcher.train.tensors)
+adapter_*            the adapter as PEFT loads it, where one is trained
+trainer_state.json   step, epoch and log history, as transformers writes it
+progress.pt          scheduler, loss scaler, token count, health
+random-R.pt          random states of rank R
+complete.json        the seal, written last
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def random_states() -> dict[str, Any]:
     """States of every generator that training draws from."""
     import numpy as np
 
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that libraries use
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),
@@ -208,7 +209,7 @@ def restore_random(states: dict[str, Any]) -> None:
 
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype("uint32"), *rest))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype("uint32"), *rest))
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

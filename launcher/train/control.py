@@ -26,7 +26,7 @@ SIBLING_POLL_SECONDS = 1.0
 ORPHAN_GRACE_SECONDS = 5.0
 
 
-class StoppedBeforeTraining(BaseException):  # noqa: N818 - no error: there is nothing to save yet
+class StoppedBeforeTraining(BaseException):
     """A stop was asked for while there was nothing to save yet."""
 
 

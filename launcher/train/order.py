@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 IGNORED_LABEL = -100
 
 
-class GlobalBatchOrder(Sampler[int]):
+class GlobalBatchOrder(Sampler[int]):  # type: ignore[misc]
     """Row numbers of one epoch, in whole global batches.
 
     Args:

@@ -37,10 +37,7 @@ def save_tensors(trainer: Any, folder: Path, group: Any) -> None:
         folder: does not exist yet.
         group: process group of all ranks, on CPU; None for one process.
     """
-    if is_zero(trainer):
-        tensors = _zero_tensors(trainer)
-    else:
-        tensors = dict(_live_tensors(trainer))
+    tensors = _zero_tensors(trainer) if is_zero(trainer) else dict(_live_tensors(trainer))
     dcp.save(
         tensors,
         storage_writer=dcp.FileSystemWriter(folder),
@@ -127,7 +124,10 @@ def _live_tensors(trainer: Any) -> Iterator[tuple[str, Any]]:
     for name, parameter in trainable(trainer):
         yield f"model.{name}", parameter.detach()
         for key, value in sorted(state.get(parameter, {}).items()):
-            yield f"optimizer.{name}.{key}", value if torch.is_tensor(value) else torch.tensor(value)
+            yield (
+                f"optimizer.{name}.{key}",
+                value if torch.is_tensor(value) else torch.tensor(value),
+            )
 
 
 def _put_back_numbers(trainer: Any, tensors: Mapping[str, Any]) -> None:
@@ -176,6 +176,7 @@ def _zero_tensors(trainer: Any) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     world, rank = dist.get_world_size(), dist.get_rank()
+    _link_zero(trainer.model_wrapped.optimizer)
     step = _zero_step(trainer)
     share: dict[str, Any] = {}
     for index, (name, parameter) in enumerate(trainable(trainer)):
@@ -248,8 +249,18 @@ def _initialise_zero(trainer: Any) -> None:
                 group["params"] = []
     else:
         initialise(optimizer)
+    _link_zero(zero)
+
+
+def _link_zero(zero: Any) -> None:
+    """Let parameters find their optimizer state (ZeRO-1 and 2).
+
+    DeepSpeed 0.19 links once, after the step of the first parameter group, and so misses
+    the state of all other groups.
+    """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - what its first step does
+        zero._hp_optimizer_states_linked = False  # noqa: SLF001
+        zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
 
 
 def _refresh_low_precision(trainer: Any) -> None:

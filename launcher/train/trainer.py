@@ -77,7 +77,7 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
-    ) -> tuple[list[Any], Any]:
+    ) -> Any:
         """This rank's micro batches of a step, the filling masked."""
         if self.state.global_step >= self.state.max_steps:
             # Resumed from the last step's checkpoint: nothing is left to train.

@@ -1,0 +1,181 @@
+"""What going on with a run asks for: that it is the same one, at rest, and has a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from launcher.cli.options import Request
+from launcher.errors import EnvironmentNotReady, PlanRefused, SpecError
+from launcher.launch.processes import members
+from launcher.plan.same_run import differences
+from launcher.plan.storage import shutdown_timeout_seconds
+from launcher.plan.types import Plan
+from launcher.runs.checkpoints import (
+    NAME,
+    Checkpoint,
+    Skipped,
+    checkpoint_folders,
+    describe,
+    newest_whole,
+    whole,
+)
+from launcher.runs.directory import RunDirectory
+from launcher.spec.load import Override, load_spec
+from launcher.spec.schema import Spec
+
+ANY_COUNT = ("single", "hsdp")
+SET_ASIDE = "set-aside"
+SHOWN_DIFFERENCES = 3
+
+
+def read_spec(run: RunDirectory) -> Spec:
+    """The resolved spec of a run."""
+    return load_spec(run.spec, (), str(run.spec)).spec
+
+
+def other_hardware(old: Spec, overrides: tuple[Override, ...]) -> tuple[Override, ...]:
+    """What another number of GPUs changes besides itself, where nothing else is said."""
+    said = {override.key: override.value for override in overrides}
+    gpus = said.get("hardware.gpus", old.hardware.gpus)
+    if gpus == old.hardware.gpus or gpus is None:
+        return ()
+    found = []
+    if "strategy" not in said and (old.strategy in ANY_COUNT or gpus == 1):
+        found.append(Override("strategy", "auto", "--gpus"))
+    micro, total = old.batch.micro_batch_size, old.batch.global_batch_size
+    divides = isinstance(micro, int) and total is not None and total % (micro * gpus) == 0
+    if "batch.micro_batch_size" not in said and not divides:
+        found.append(Override("batch.micro_batch_size", "auto", "--gpus"))
+    return tuple(found)
+
+
+def keep_global_batch(request: Request, run: RunDirectory) -> Request:
+    """A run's own global batch where the request leaves it open: its default depends on GPUs."""
+    total = read_spec(run).batch.global_batch_size
+    default = Override("batch.global_batch_size", total, str(run.path))
+    return dataclasses.replace(request, overrides=(default, *request.overrides))
+
+
+def refuse_other_run(run: RunDirectory, spec: Spec, output: str) -> None:
+    """Refuse to go on with a run that was another one.
+
+    Raises:
+        SpecError: with what differs.
+    """
+    found = differences(read_spec(run), spec)
+    if not found:
+        return
+    shown = [f"{key} was {old!r}, is {new!r}" for key, old, new in found[:SHOWN_DIFFERENCES]]
+    if len(found) > SHOWN_DIFFERENCES:
+        shown.append(f"{len(found) - SHOWN_DIFFERENCES} more")
+    raise SpecError(
+        "output_taken",
+        f"{output} holds another run ({'; '.join(shown)})",
+        why="a run is never overwritten",
+        fix="use another --output, or sftlaunch resume to go on with that one",
+    )
+
+
+def refuse_running(run: RunDirectory) -> None:
+    """Refuse to start a run's ranks twice.
+
+    Raises:
+        EnvironmentNotReady: where some of its processes live on this machine.
+    """
+    pids = members(str(run.path.resolve()))
+    if pids:
+        raise EnvironmentNotReady(
+            "running",
+            f"{run.path} is running (process {pids[0]})",
+            why="two attempts would overwrite each other",
+            fix="wait for its end, or sftlaunch cancel it; sftlaunch status shows it",
+        )
+
+
+def choose_source(resume: str, run: RunDirectory, old: RunDirectory | None) -> Checkpoint | None:
+    """The checkpoint that `--resume PATH` names, made the one that the ranks will find.
+
+    Args:
+        resume: the option's value, neither auto nor never.
+        run: the output folder.
+        old: the same, where it holds a run already.
+
+    Returns:
+        Another run's checkpoint; None where it is the run's own.
+
+    Raises:
+        SpecError: where there is no whole checkpoint.
+    """
+    path = Path(resume).resolve()
+    named = bool(NAME.match(path.name))
+    found = whole(path) if named else newest_whole(path / "checkpoints")[0]
+    if not isinstance(found, Checkpoint):
+        why = found.reason if isinstance(found, Skipped) else "it has none that is whole"
+        raise SpecError(
+            "no_checkpoint",
+            f"--resume {resume}: {path.name} cannot be resumed from",
+            why=why,
+            fix="name a run directory or a checkpoint with its complete.json",
+        )
+    if old is None or found.path.parent != old.checkpoints.resolve():
+        return found
+    _set_aside(run, found)
+    return None
+
+
+def _set_aside(run: RunDirectory, chosen: Checkpoint) -> None:
+    """Move checkpoints after the chosen one out of the way; nothing is deleted."""
+    aside = run.checkpoints / SET_ASIDE
+    for folder in checkpoint_folders(run.checkpoints):
+        step = int(folder.name.rsplit("-", 1)[-1])
+        if step > chosen.step:
+            aside.mkdir(exist_ok=True)
+            number = sum(1 for _ in aside.glob(f"{folder.name}*"))
+            folder.rename(aside / (f"{folder.name}.{number}" if number else folder.name))
+
+
+def check_source(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuse a source whose data position would mean other rows.
+
+    Raises:
+        PlanRefused: where the global batch is another.
+    """
+    total = checkpoint.record["global_batch_size"]
+    if total != plan.batch.global_batch_size:
+        raise PlanRefused(
+            "global_batch",
+            f"{checkpoint.path.name} was trained with a global batch of {total}, "
+            f"the plan says {plan.batch.global_batch_size}",
+            why="rows would be seen twice or skipped",
+            fix=f"use --global-batch-size {total}",
+        )
+
+
+def with_measured_save(plan: Plan, run: RunDirectory) -> Plan:
+    """The plan with its patience at a stop taken from the last checkpoint's real duration."""
+    newest, _ = newest_whole(run.checkpoints, contents=False)
+    if newest is None:
+        return plan
+    patience = shutdown_timeout_seconds(
+        plan.storage, plan.time.seconds_per_step, float(newest.record.get("seconds", 0))
+    )
+    limits = {**plan.worker.limits, "shutdown_timeout_seconds": patience}
+    return dataclasses.replace(plan, worker=dataclasses.replace(plan.worker, limits=limits))
+
+
+def say_where(run: RunDirectory, output: str, *, to_stderr: bool) -> None:
+    """From which checkpoint the run goes on, and which were skipped."""
+    newest, skipped = newest_whole(run.checkpoints, contents=False)
+    describe(skipped, lambda text: click.echo(f"resume     {text}", err=to_stderr))
+    where = f"from {newest.path.name}" if newest else "from the start: no whole checkpoint"
+    attempt = int(run.read_status().get("attempt") or 0) + 1
+    click.echo(f"resume     {output}, {where} (attempt {attempt})", err=to_stderr)
+
+
+def say_complete(run: RunDirectory, output: str) -> None:
+    """The run is done: nothing is started and nothing changed."""
+    step = run.read_status().get("step")
+    click.echo(f"{output} is complete (step {step}, {output}/final); use --output for a new run")
