@@ -122,7 +122,7 @@ def _show_result(plan: Plan, run: RunDirectory, output: str) -> None:
 
 def _result(plan: Plan, run: RunDirectory, output: str) -> list[tuple[str, str]]:
     metrics = run.read_metrics()
-    losses = [m["loss"] for m in metrics if "loss" in m]
+    losses = [m["loss"] for m in metrics if m.get("loss") is not None]
     found: list[tuple[str, str]] = []
     if losses:
         found.append(("loss", f"{losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last"))

@@ -32,8 +32,30 @@ SHOWN_DIFFERENCES = 3
 
 
 def read_spec(run: RunDirectory) -> Spec:
-    """The resolved spec of a run."""
-    return load_spec(run.spec, (), str(run.spec)).spec
+    """The resolved spec of a run.
+
+    Raises:
+        SpecError: where it cannot be read: the folder belongs to something else.
+    """
+    try:
+        return load_spec(run.spec, (), str(run.spec)).spec
+    except SpecError as error:
+        name = run.path.name
+        raise SpecError(
+            "output_taken",
+            f"{name} holds another run, whose spec.yaml cannot be read",
+            why=error.what,
+            fix=f"use --output {free_name(name)}",
+        ) from None
+
+
+def free_name(output: str) -> str:
+    """`output`, or the first `output-2`, `output-3`, ... that does not exist."""
+    path, number = Path(output), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{output}-{number}")
+    return str(path)
 
 
 def other_hardware(old: Spec, overrides: tuple[Override, ...]) -> tuple[Override, ...]:
@@ -75,7 +97,7 @@ def refuse_other_run(run: RunDirectory, spec: Spec, output: str) -> None:
         "output_taken",
         f"{output} holds another run ({'; '.join(shown)})",
         why="a run is never overwritten",
-        fix="use another --output, or sftlaunch resume to go on with that one",
+        fix=f"use --output {free_name(output)}, or sftlaunch resume {output} for that one",
     )
 
 

@@ -15,6 +15,7 @@ import click
 from launcher.cli.going_on import (
     check_source,
     choose_source,
+    free_name,
     keep_global_batch,
     other_hardware,
     read_spec,
@@ -206,15 +207,6 @@ def show(decided: Decided, request: Request, *, to_stderr: bool = False) -> None
     for line in lines:
         styled = click.style(line, fg="yellow") if line.startswith("warning") else line
         click.echo(styled, err=to_stderr)
-
-
-def free_name(output: str) -> str:
-    """`output`, or the first `output-2`, `output-3`, ... that does not exist."""
-    path, number = Path(output), 1
-    while path.exists():
-        number += 1
-        path = Path(f"{output}-{number}")
-    return str(path)
 
 
 def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool) -> None:

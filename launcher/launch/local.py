@@ -91,10 +91,15 @@ def check_space(plan: Plan, run: RunDirectory) -> None:
     needed = plan.storage.total_bytes
     if needed is None:
         return
-    there = next(path for path in (run.path, *run.path.parents) if path.is_dir())
-    held = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
-    free = shutil.disk_usage(there).free + held
-    if needed <= free:
+    try:
+        there = next(path for path in (run.path, *run.path.parents) if path.is_dir())
+        held = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+        disk = shutil.disk_usage(there)
+    except OSError:
+        return  # a folder that cannot be looked at cannot be written either, which is said then
+    free = disk.free + held
+    # No size at all: not a disk (/proc), and not for this check to refuse.
+    if not disk.total or needed <= free:
         return
     keep = plan.worker.checkpoints["keep"]
     raise EnvironmentNotReady(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from launcher.plan.adapter import METHODS
 from launcher.plan.checks import Case
 from launcher.plan.types import Advice, Batch, Memory
+from launcher.spec.schema import DockerSpec, SlurmSpec
 
 
 def advise(case: Case, batch: Batch, memory: Memory) -> tuple[Advice, ...]:
@@ -53,7 +54,8 @@ def unused_keys(case: Case, batch: Batch, memory: Memory) -> Advice | None:
 
 def unused_section(case: Case, batch: Batch, memory: Memory) -> Advice | None:
     """Sections for targets that are not in this version."""
-    said = [name for name in ("slurm", "docker") if getattr(case.spec, name).model_fields_set]
+    sections = {"slurm": SlurmSpec(), "docker": DockerSpec()}
+    said = [name for name, unset in sections.items() if getattr(case.spec, name) != unset]
     if not said:
         return None
     return Advice(

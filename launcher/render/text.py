@@ -173,7 +173,7 @@ def value_text(value: Any) -> str:
 def progress_text(status: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     """One line on where a run stands."""
     step, total = status.get("step") or 0, status.get("max_steps")
-    last = next((m for m in reversed(metrics) if "loss" in m), None)
+    last = next((m for m in reversed(metrics) if m.get("loss") is not None), None)
     if status.get("stage") != "training" or last is None or not total:
         return str(status.get("stage") or status.get("state") or "starting")
     step = max(step, last["step"])

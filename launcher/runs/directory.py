@@ -109,7 +109,10 @@ class RunDirectory:
 
     def exists(self) -> bool:
         """Whether a run was planned here."""
-        return self.plan.is_file()
+        try:
+            return self.plan.is_file()
+        except OSError:  # a path that is too long
+            return False
 
     def create(self, files: Mapping[str, str]) -> None:
         """Make the folder and write its files, plan.json last."""

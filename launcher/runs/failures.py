@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from launcher.runs.directory import RunDirectory
@@ -20,6 +22,12 @@ SECONDARY = re.compile(
     re.IGNORECASE,
 )
 LOG_TAIL_LINES = 15
+# Innermost frames of a rank that waits for others.
+WAITING = re.compile(r"torch/(distributed|autograd)/|train/control\.py")
+FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+# One entry of torch elastic's ChildFailedError: its root cause comes first.
+KILLED = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
+SIGKILL = 9
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,13 @@ class Pattern:
 
 
 PATTERNS = (
+    Pattern(
+        r"step \d+ is unhealthy",
+        "the loss or the gradients went wrong there; the checkpoints before it are good",
+        "look at those rows, or lower training.learning_rate; to go on past it: "
+        "--set health.policy=skip",
+        "launcher.train.health",
+    ),
     Pattern(
         r"CUDA out of memory|OutOfMemoryError",
         "the GPU's memory is full",
@@ -144,7 +159,11 @@ def find_failure(run: RunDirectory, attempt: int, detail: str) -> Failure:
     records = _records(run, attempt)
     if not records:
         return _from_logs(run, attempt, detail)
-    own = [r for r in records if not SECONDARY.search(r["message"])] or records
+    own = [r for r in records if not SECONDARY.search(r["message"])]
+    if not own and (killed := _killed(run, attempt, _read(run.launcher_log(attempt)))):
+        others = tuple(r["rank"] for r in records if r["rank"] != killed.rank)
+        return replace(killed, secondary=others)
+    own = own or records
     first = own[0]
     text = f"{first['type']}: {first['message']}".strip()
     pattern = match(f"{text}\n{first['traceback']}")
@@ -175,25 +194,89 @@ def _records(run: RunDirectory, attempt: int) -> list[dict[str, Any]]:
 
 
 def _from_logs(run: RunDirectory, attempt: int, detail: str) -> Failure:
-    """Where no rank could say why: the last words of the logs."""
-    texts = {}
-    for path in [*sorted(run.logs(attempt).glob("rank-*.log")), run.launcher_log(attempt)]:
-        if path.is_file():
-            texts[path] = path.read_text(encoding="utf-8", errors="replace")
-    pattern, log = None, run.launcher_log(attempt)
-    for path, text in texts.items():
+    """Where no rank could say why: the launcher's words on it, stacks, the logs' last words."""
+    launcher_log = _read(run.launcher_log(attempt))
+    paths = run.logs(attempt).glob("rank-*.log")
+    logs: dict[int | None, str] = {_rank_number(path): _read(path) for path in paths}
+    return (
+        _stuck(run, attempt, logs)
+        or _killed(run, attempt, launcher_log)
+        or _last_words(run, attempt, detail, {**logs, None: launcher_log})
+    )
+
+
+def _stuck(run: RunDirectory, attempt: int, logs: Mapping[int | None, str]) -> Failure | None:
+    """Ranks that a timer ended: the one that was not waiting for the others is the cause."""
+    frames = {rank: found for rank, log in logs.items() if (found := _stuck_at(log))}
+    if not frames:
+        return None
+    own = {rank: frame for rank, frame in frames.items() if not WAITING.search(frame)}
+    rank, frame = min((own or frames).items(), key=lambda item: item[0] or 0)
+    what = "stood still" if own else "waited for the others"
+    return Failure(
+        rank=rank,
+        error=f"no progress within limits.stuck_after: rank {rank} {what} at {frame}",
+        cause="a rank never reached the collective that the others wait in",
+        fix="read the stacks at the end of that log; for slow steps raise limits.stuck_after",
+        log=_relative(run, attempt, rank or 0),
+        secondary=tuple(sorted(r for r in frames if r is not None and r != rank)),
+    )
+
+
+def _stuck_at(log: str) -> str | None:
+    """The main thread's innermost frame in what faulthandler's timer wrote; it comes last."""
+    _, timer, stacks = log.rpartition("\nTimeout (")
+    frames = FRAME.findall(stacks.rpartition("(most recent call first)")[2]) if timer else []
+    return " line ".join(frames[0]) if frames else None
+
+
+def _killed(run: RunDirectory, attempt: int, launcher_log: str) -> Failure | None:
+    """A rank that a signal ended, as the elastic agent reports it."""
+    found = KILLED.search(launcher_log)
+    if not found:
+        return None
+    rank, number = int(found[1]), int(found[2])
+    return Failure(
+        rank=rank,
+        error=f"it was ended by signal {number}",
+        cause="killed from outside, or by the kernel because memory ran out"
+        if number == SIGKILL
+        else "a crash in native code, or a signal from outside",
+        fix="look at the machine's memory and its kernel log (dmesg)",
+        log=_relative(run, attempt, rank),
+        secondary=(),
+    )
+
+
+def _last_words(
+    run: RunDirectory, attempt: int, detail: str, logs: Mapping[int | None, str]
+) -> Failure:
+    pattern, source = None, None
+    for rank, text in logs.items():
         pattern = match("\n".join(text.splitlines()[-LOG_TAIL_LINES:]))
         if pattern:
-            log = path
+            source = rank
             break
+    path = run.launcher_log(attempt) if source is None else run.rank_log(attempt, source)
     return Failure(
         rank=None,
         error=detail,
         cause=pattern.cause if pattern else "",
         fix=pattern.fix if pattern else "",
-        log=str(log.relative_to(run.path)),
+        log=str(path.relative_to(run.path)),
         secondary=(),
     )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _rank_number(path: Path) -> int:
+    return int(path.stem.removeprefix("rank-"))
 
 
 def _relative(run: RunDirectory, attempt: int, rank: int) -> str:

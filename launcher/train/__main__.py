@@ -65,7 +65,8 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
         leave_out_unused([plan])
         from launcher.train.session import train
 
-        run.update_status(attempt=attempt)
+        if rank_of() == 0:
+            run.update_status(attempt=attempt)
         train(plan, run, stop)
     except StoppedBeforeTraining as request:
         run.update_status(state="preempted", stage=f"stopped by {request} before training")

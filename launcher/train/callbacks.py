@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +60,7 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         """One line for a logged step."""
         if not state.is_world_process_zero or not logs:
             return
-        values = {name: logs[name] for name in METRIC_NAMES if name in logs}
+        values = {name: _number(logs[name]) for name in METRIC_NAMES if name in logs}
         if not values:
             return
         record: dict[str, Any] = {
@@ -93,6 +94,11 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         }
         self.last_time, self.last_tokens, self.last_step = now, tokens, state.global_step
         return speed
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity: null."""
+    return value if math.isfinite(value) else None
 
 
 class SamplesCallback(TrainerCallback):  # type: ignore[misc]

@@ -60,6 +60,7 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         self._micro_losses: list[Any] = []
         self._grad_norm = 0.0
         self._rows_in_step = 0
+        self._loss_spoilt = False
 
     # --- rows ---
 
@@ -121,6 +122,7 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         total = float(torch.stack(losses).sum()) if losses else 0.0
         self.agreement = self.ranks.agree(total, self._grad_norm)
         problem = self.health.problem(self.agreement)
+        self._loss_spoilt = not self.agreement.finite
         if problem is not None and self.health.policy != "ignore":
             self._handle(problem, losses)
 
@@ -133,6 +135,13 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
             self.report(f"{message}; skipped")
             return
         raise UnhealthyStepError(message)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """After an unhealthy step, the running loss starts anew: NaN would stay in it for good."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._loss_spoilt:
+            self._tr_loss.zero_()
+            self._loss_spoilt = False
 
     def report(self, message: str) -> None:
         """Say something in rank 0's log."""
