@@ -16,6 +16,8 @@ system: ## name, or as root install, what Debian packages are missing
 	@bash tools/system-packages.sh "$(PYTHON)"
 
 $(VENV)/.light: pyproject.toml constraints.txt | system
+	@[ -n "$(PYTHON)" ] || { echo "error: still no Python 3.11 or newer: this system's python3" \
+		"is older; install one, or set PYTHON=..." >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	@touch $@

@@ -5,9 +5,11 @@ set -euo pipefail
 python=${1:-}
 missing=()
 if [ -z "$python" ]; then
-  echo "error: no Python 3.11 or newer found (transformers 5.23 asks for it);" \
-    "install one, or set PYTHON=..." >&2
+  echo "no Python 3.11 or newer found (transformers 5.23 asks for it)" >&2
   missing+=(python3 python3-venv python3-dev)
+elif ! command -v "$python" >/dev/null; then
+  echo "error: PYTHON=$python is not there" >&2
+  exit 1
 else
   "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
   "$python" - <<'PY' 2>/dev/null || missing+=(python3-dev)

@@ -64,18 +64,6 @@ def unused_section(case: Case, batch: Batch, memory: Memory) -> Advice | None:
     )
 
 
-def no_checkpoints(case: Case, batch: Batch, memory: Memory) -> Advice | None:
-    """Where intermediate checkpoints cannot be written."""
-    if (case.strategy, case.device) != ("fsdp1", "cpu"):
-        return None
-    return Advice(
-        "no_checkpoints",
-        "FSDP1 on CPU writes no intermediate checkpoints, only the final save",
-        "use --strategy fsdp",
-        "torch 2.13: its full state dict crashes on CPU tensors",
-    )
-
-
 def remote_code(case: Case, batch: Batch, memory: Memory) -> Advice | None:
     """Code that comes with a model."""
     if not case.spec.model.trust_remote_code:
@@ -92,6 +80,5 @@ ADVICE: tuple[Callable[[Case, Batch, Memory], Advice | None], ...] = (
     small_dataset,
     unused_keys,
     unused_section,
-    no_checkpoints,
     remote_code,
 )

@@ -113,7 +113,7 @@ class Worker:
     evaluation: Mapping[str, Any]
     samples: Mapping[str, Any]
     checkpoints: Mapping[str, Any]
-    """keep (how many), possible (False where the engine cannot save here)."""
+    """keep: how many."""
     limits: Mapping[str, Any]
     """stop_after_seconds, stuck_after_seconds, max_restarts, shutdown_timeout_seconds, signals."""
     health: Mapping[str, Any]

@@ -61,10 +61,7 @@ def make_worker(
         loss=spec.loss,
         evaluation=spec.evaluation.model_dump(),
         samples=spec.samples.model_dump(),
-        checkpoints={
-            "keep": spec.checkpoints.keep,
-            "possible": can_checkpoint(spec.strategy, topology),
-        },
+        checkpoints={"keep": spec.checkpoints.keep},
         limits={
             "stop_after_seconds": seconds(limits.stop_after) if limits.stop_after else None,
             "stuck_after_seconds": seconds(limits.stuck_after),
@@ -92,7 +89,7 @@ def training_arguments(
         "per_device_eval_batch_size": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "ddp_find_unused_parameters": adapter.find_unused_parameters,
-        "save_strategy": "steps" if can_checkpoint(spec.strategy, topology) else "no",
+        "save_strategy": "steps",
         "save_steps": spec.checkpoints.every_steps,
         # A loss that is not finite must be seen as it is (launcher.train.health).
         "logging_nan_inf_filter": False,
@@ -115,11 +112,6 @@ def training_arguments(
             "accelerator_config": {"use_configured_state": True},
         }
     return {**arguments, **spec.training.sft_fields()}
-
-
-def can_checkpoint(strategy: str, topology: Topology) -> bool:
-    """FSDP1's state dicts end in a segmentation fault on CPU tensors (torch 2.13)."""
-    return not (strategy == "fsdp1" and topology.device == "cpu")
 
 
 def _quantization(spec: Spec, adapter: Adapter) -> Mapping[str, Any] | None:

@@ -85,8 +85,9 @@ PATTERNS = (
         "PEFT 0.21",
     ),
     Pattern(
-        r"(no|not) .*(g\+\+|c\+\+) |command 'g\+\+'|Ninja is required|CUDAMismatchException",
-        "DeepSpeed builds an extension at first use and found no compiler",
+        r"(no|not) .*(g\+\+|c\+\+) |command 'g\+\+'|Ninja is required|ninja not being installed"
+        r"|CUDAMismatchException",
+        "DeepSpeed builds an extension at first use and found no compiler or no ninja",
         "install one: apt-get install g++ ninja-build",
         "deepspeed op_builder",
     ),

@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import sys
+import sysconfig
 import time
 import traceback
 from pathlib import Path
@@ -134,6 +135,10 @@ def set_environment(plan: Plan, run: RunDirectory) -> None:
     """
     for name, value in plan.worker.environment.items():
         os.environ.setdefault(name, value.replace("{run_directory}", str(run.path)))
+    # DeepSpeed runs `ninja`, which pip put beside this Python: not on PATH where the virtual
+    # environment was not activated. One that is on PATH wins.
+    folders = (os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts"))
+    os.environ["PATH"] = os.pathsep.join(folders)
 
 
 def record_error(run: RunDirectory, attempt: int, error: BaseException) -> None:

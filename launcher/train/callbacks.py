@@ -137,8 +137,7 @@ class AgreementCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop where any rank was asked to; evaluation can wait, a grace period cannot."""
         if self.trainer.agreement.stop:
-            control.should_save = self.trainer.plan.worker.checkpoints["possible"]
-            control.should_training_stop = self.trainer.stopped = True
+            control.should_save = control.should_training_stop = self.trainer.stopped = True
             control.should_evaluate = False
 
 

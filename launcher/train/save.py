@@ -7,7 +7,11 @@ Rank 0 writes to a folder beside the final one and renames it after the check, s
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,19 @@ from launcher.train.process import rank_of
 
 # transformers pickles the whole argument object there; weights need none of it.
 NOT_KEPT = ("training_args.bin",)
+# Variables that would make a child process take itself for a rank.
+OF_THIS_RANK = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC",
+    "ACCELERATE_",
+    "FSDP_",
+)
+SHOWN_LINES = 3
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -44,6 +61,7 @@ def save_final(plan: Plan, run: RunDirectory, trainer: Any) -> None:
         for name in NOT_KEPT:
             (temporary / name).unlink(missing_ok=True)
         check_saved(temporary, adapter=plan.worker.peft is not None)
+        check_reload(run, temporary)
         shutil.rmtree(run.final, ignore_errors=True)
         temporary.rename(run.final)
 
@@ -65,7 +83,7 @@ def save_fsdp1(trainer: Any, folder: str) -> None:
     ):
         if rank_of() != 0:
             return
-        tensors = [*module.named_parameters(), *module.named_buffers()]
+        tensors = [*module.named_parameters(), *_kept_buffers(module)]
         state = {
             name.replace("_fsdp_wrapped_module.", ""): tensor.detach().cpu().clone()
             for name, tensor in tensors
@@ -77,6 +95,36 @@ def save_fsdp1(trainer: Any, folder: str) -> None:
 
         adapter = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
         save_file(adapter, f"{folder}/{ADAPTER_FILE}", metadata={"format": "pt"})
+
+
+def _kept_buffers(module: Any) -> Iterator[tuple[str, Any]]:
+    """Buffers that belong into a state dict."""
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(prefix=prefix, recurse=False):
+            if name.rpartition(".")[2] not in part._non_persistent_buffers_set:  # noqa: SLF001
+                yield name, buffer
+
+
+def check_reload(run: RunDirectory, folder: Path) -> None:
+    """Let a fresh process read what was saved, without this one's memory of it.
+
+    Raises:
+        IncompleteSaveError: with what that process says.
+    """
+    argv = [sys.executable, "-m", "launcher.train.reload", str(run.path), str(folder)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_THIS_RANK)}
+    done = subprocess.run(
+        argv,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        words = " ".join(done.stderr.strip().splitlines()[-SHOWN_LINES:])
+        raise IncompleteSaveError(f"what was saved does not load in a fresh process: {words}")
 
 
 def check_saved(folder: Path, *, adapter: bool) -> None:

@@ -8,7 +8,7 @@ base weights are not part of it: they are loaded from the base model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def save_tensors(trainer: Any, folder: Path, group: Any) -> None:
         folder: does not exist yet.
         group: process group of all ranks, on CPU; None for one process.
     """
-    tensors = _zero_tensors(trainer) if is_zero(trainer) else dict(_live_tensors(trainer))
+    gather = GATHERED.get(wrapped_type(trainer.model_wrapped))
+    tensors = gather(trainer) if gather else dict(_live_tensors(trainer))
     dcp.save(
         tensors,
         storage_writer=dcp.FileSystemWriter(folder),
@@ -54,11 +55,11 @@ def load_tensors(trainer: Any, folder: Path) -> None:
     Raises:
         StateMismatchError: where names or shapes differ.
     """
-    optimizer = inner_optimizer(trainer)
-    if is_zero(trainer):
-        _load_zero(trainer, folder)
+    load = SCATTERED.get(wrapped_type(trainer.model_wrapped))
+    if load is not None:
+        load(trainer, folder)
         return
-    initialise(optimizer)
+    initialise(inner_optimizer(trainer))
     tensors = dict(_live_tensors(trainer))
     _check_same(tensors, folder)
     _read(tensors, folder)
@@ -69,11 +70,6 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a saved training state."""
     metadata = dcp.FileSystemReader(folder).read_metadata()
     return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
-
-
-def is_zero(trainer: Any) -> bool:
-    """Whether DeepSpeed holds the optimizer."""
-    return wrapped_type(trainer.model_wrapped) == "DeepSpeed"
 
 
 def inner_optimizer(trainer: Any) -> Any:
@@ -273,3 +269,86 @@ def _refresh_low_precision(trainer: Any) -> None:
     for weights, masters in pairs:
         if weights is not None:
             weights.data.copy_(masters.data)
+
+
+# --- FSDP1: flat shards, which torch gathers and takes apart ---
+
+
+def _fsdp1_tensors(trainer: Any) -> dict[str, Any]:
+    """This rank's share of the whole tensors; collective. Every rank gathers all of them."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    state = _fsdp1_optimizer(trainer)["state"]
+    tensors: dict[str, Any] = {}
+    with _whole_parameters(trainer, writeback=False):
+        for index, (name, parameter) in enumerate(trainable(trainer)):
+            if index % world != rank:
+                continue
+            tensors[f"model.{name}"] = parameter.detach().cpu().clone()
+            tensors |= {f"optimizer.{name}.{k}": v.cpu() for k, v in state[name].items()}
+    return tensors
+
+
+def _load_fsdp1(trainer: Any, folder: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    optimizer = inner_optimizer(trainer)
+    initialise(optimizer)
+    gathered = _fsdp1_optimizer(trainer)
+    state = {
+        f"optimizer.{name}.{key}": value
+        for name, values in gathered["state"].items()
+        for key, value in values.items()
+    }
+    with _whole_parameters(trainer, writeback=True):
+        weights = {f"model.{name}": p.detach() for name, p in trainable(trainer)}
+        tensors = {**weights, **state}
+        _check_same(tensors, folder)
+        _read(tensors, folder)
+    with _whole_optimizer(trainer):
+        flat = FullyShardedDataParallel.optim_state_dict_to_load(
+            trainer.model_wrapped, optimizer, gathered
+        )
+    optimizer.load_state_dict(flat)
+
+
+def _fsdp1_optimizer(trainer: Any) -> dict[str, Any]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with _whole_optimizer(trainer):
+        found: dict[str, Any] = FullyShardedDataParallel.optim_state_dict(
+            trainer.model_wrapped, inner_optimizer(trainer)
+        )
+    return found
+
+
+def _whole_parameters(trainer: Any, *, writeback: bool) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=writeback)
+
+
+def _whole_optimizer(trainer: Any) -> Any:
+    from torch.distributed.fsdp import (
+        FullOptimStateDictConfig,
+        FullStateDictConfig,
+        FullyShardedDataParallel,
+        StateDictType,
+    )
+
+    return FullyShardedDataParallel.state_dict_type(
+        trainer.model_wrapped,
+        StateDictType.FULL_STATE_DICT,
+        FullStateDictConfig(offload_to_cpu=False, rank0_only=False),
+        FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=False),
+    )
+
+
+# Engines whose own tensors are flat pieces: how they are made whole, and taken apart again.
+GATHERED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "DeepSpeed": _zero_tensors,
+    "FSDP1": _fsdp1_tensors,
+}
+SCATTERED: dict[str, Callable[[Any, Path], None]] = {
+    "DeepSpeed": _load_zero,
+    "FSDP1": _load_fsdp1,
+}
