@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,9 +32,9 @@ EVERY = 4
 GLOBAL_BATCH = 16
 BOUND = 1e-5
 START_TIMEOUT_SECONDS = 120
-END_TIMEOUT_SECONDS = 180
+END_TIMEOUT_SECONDS = 300
 MOST_RESUMES = 4
-TMPFS_BYTES = 6_000_000
+INJECT = Path(__file__).resolve().parent / "inject"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
 # What every run here has in common: a small model, no evaluation, a checkpoint often.
 SETTINGS = {
@@ -108,9 +108,14 @@ class Attempt:
         self.wait_until(folder.exists, START_TIMEOUT_SECONDS)
         return self.step()
 
-    def end(self, timeout: float = END_TIMEOUT_SECONDS) -> int:
-        """Exit code of the launcher."""
-        return self.process.wait(timeout)
+    def end(self) -> int:
+        """Exit code of the launcher; one that does not end is noted and killed."""
+        try:
+            return self.process.wait(END_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.notes.append(f"did not end within {END_TIMEOUT_SECONDS} s")
+            kill_everything(self)
+            return self.process.wait()
 
 
 def _holders(log: Path) -> list[int]:
@@ -145,11 +150,16 @@ def kill_in_save(attempt: Attempt) -> tuple[int, ...]:
 def kill_all(attempt: Attempt) -> tuple[int, ...]:
     """SIGKILL to every process of the run, the launcher too."""
     attempt.at_random_step()
+    kill_everything(attempt)
+    return (-signal.SIGKILL,)
+
+
+def kill_everything(attempt: Attempt) -> None:
+    """SIGKILL to the launcher and all that it started."""
     attempt.process.kill()
     for pid in members(str(attempt.run.path)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return (-signal.SIGKILL,)
 
 
 def kill_launcher(attempt: Attempt) -> tuple[int, ...]:
@@ -226,6 +236,17 @@ def unseal(attempt: Attempt) -> tuple[int, ...]:
     return codes
 
 
+def fails_by_itself(attempt: Attempt) -> tuple[int, ...]:
+    """Nothing to do: what was injected ends the run."""
+    return (ExitCode.RUN_FAILED,)
+
+
+def restarts_by_itself(attempt: Attempt) -> tuple[int, ...]:
+    """SIGKILL to a random rank of a run that may start again: it completes in one go."""
+    kill_one(attempt)
+    return ()
+
+
 FAULTS: dict[str, Callable[[Attempt], tuple[int, ...]]] = {
     "SIGKILL one rank": kill_one,
     "SIGKILL one rank in a save": kill_in_save,
@@ -244,10 +265,24 @@ FAULTS: dict[str, Callable[[Attempt], tuple[int, ...]]] = {
     "empty file": damage("empty"),
     "flipped bit": damage("flip"),
     "missing seal": unseal,
+    "NaN in one rank": fails_by_itself,
+    "one rank hangs": fails_by_itself,
+    "SIGKILL one rank, --max-restarts 1": restarts_by_itself,
+    "slow disk, SIGTERM": _stop(signal.SIGTERM, "launcher"),
+}
+# Fault -> environment of the first attempt (bench/inject), and its extra arguments.
+INJECTED: dict[str, dict[str, str]] = {
+    "NaN in one rank": {"BENCH_POISON": "nan 11 1"},
+    "one rank hangs": {"BENCH_POISON": "hang 11 1"},
+    "slow disk, SIGTERM": {"BENCH_SLOW_FSYNC": "0.3"},
+}
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "one rank hangs": ("--set", "limits.stuck_after=15s"),
+    "SIGKILL one rank, --max-restarts 1": ("--max-restarts", "1"),
 }
 DAMAGES = ("truncated file", "empty file", "flipped bit", "missing seal")
 # Faults of the file system, which need a mount of their own.
-DISK_FAULTS = ("disk full in a save", "slow disk")
+DISK_FULL = "disk full in a save"
 SETTINGS_UNDER_TEST = tuple(
     Setting(strategy, method)
     for strategy in ("ddp", "fsdp", "zero3")
@@ -278,13 +313,18 @@ class Result:
         return self.recovered and same and self.steps_lost <= most and not self.notes
 
 
-def start(setting: Setting, folder: Path, seed: int) -> Attempt:
-    """Start a run in `folder`."""
+def start(setting: Setting, folder: Path, seed: int, fault: str = "") -> Attempt:
+    """Start a run in `folder`, with what the fault injects."""
     argv = [*_launcher(), "--strategy", setting.strategy, "--method", setting.method]
     argv += ["--gpus", "2", "--device", "cpu", "--output", str(folder)]
     for key, value in SETTINGS.items():
         argv += ["--set", f"{key}={value}"]
-    return _attempt(argv, folder, seed)
+    argv += ARGUMENTS.get(fault, ())
+    injected = INJECTED.get(fault, {})
+    if injected:
+        paths = (str(INJECT), os.environ.get("PYTHONPATH", ""))
+        injected = {**injected, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return _attempt(argv, folder, seed, injected)
 
 
 def resume(folder: Path, seed: int) -> Attempt:
@@ -296,11 +336,18 @@ def _launcher() -> list[str]:
     return [sys.executable, "-c", "from launcher.cli import main; main()"]
 
 
-def _attempt(argv: Sequence[str], folder: Path, seed: int) -> Attempt:
+def _attempt(
+    argv: Sequence[str], folder: Path, seed: int, environment: Mapping[str, str] | None = None
+) -> Attempt:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder.parent
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder.parent,
+            env={**os.environ, **(environment or {})},
         )
     return Attempt(RunDirectory(folder), process, random.Random(seed))
 
@@ -324,7 +371,7 @@ def disturb(
 ) -> Result:
     """Start, disturb, go on until complete."""
     path = folder / f"{fault.replace(' ', '-')}-{setting.name}-{seed}"
-    attempt = start(setting, path, seed)
+    attempt = start(setting, path, seed, fault)
     allowed = FAULTS[fault](attempt)
     return follow_up(fault, setting, attempt, allowed, undisturbed, seed)
 
@@ -382,7 +429,7 @@ def fill_disk(setting: Setting, folder: Path, seed: int, undisturbed: dict[int, 
             attempt.notes.append("no whole checkpoint was left")
         ballast.unlink()
         allowed = (ExitCode.RUN_FAILED,)
-        return follow_up(DISK_FAULTS[0], setting, attempt, allowed, undisturbed, seed)
+        return follow_up(DISK_FULL, setting, attempt, allowed, undisturbed, seed)
 
 
 def _sealed(run: RunDirectory) -> list[Path]:
@@ -440,7 +487,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write docs/faults.md")
     options = parser.parse_args()
-    kinds = options.only or [*FAULTS, DISK_FAULTS[0]]
+    kinds = options.only or [*FAULTS, DISK_FULL]
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="sftlaunch-faults-") as name:
         folder = Path(name)
@@ -449,9 +496,10 @@ def main() -> int:
                 continue
             undisturbed = reference(setting, folder)
             for fault in kinds:
-                for seed in range(options.seeds):
+                # Every run draws its own moment; the number makes it the same next time.
+                for seed in range(len(results), len(results) + options.seeds):
                     begun = time.monotonic()
-                    if fault == DISK_FAULTS[0]:
+                    if fault == DISK_FULL:
                         result = fill_disk(setting, folder, seed, undisturbed)
                     else:
                         result = disturb(fault, setting, folder, seed, undisturbed)

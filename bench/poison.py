@@ -1,26 +1,25 @@
-"""The fork agent with one bad thing in it: a loss that is not a number, or a rank that hangs.
-
-`python -m bench.poison KIND STEP RANK RANKS RUN` starts the ranks of a prepared run. At
-optimizer step STEP (counted from 1) rank RANK's loss is multiplied by NaN, or the rank stops.
-Nothing of this is in the package: the trainer is patched before the ranks are forked.
-"""
+"""Something bad in one rank at one step: a loss that is not a number, or a rank that hangs."""
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 FOREVER_SECONDS = 100_000
-KINDS = ("nan", "hang")
 
 
-def poison(kind: str, step: int, rank: int) -> None:
-    """Patch the trainer class that the ranks will use."""
+def poison(trainer: Any, kind: str, step: int, rank: int) -> None:
+    """Patch a trainer class.
+
+    Args:
+        trainer: the class.
+        kind: nan or hang.
+        step: optimizer step, counted from 1.
+        rank: the rank that it happens to.
+    """
     from launcher.train.process import rank_of
-    from launcher.train.trainer import CheckedTrainer
 
-    whole: Any = CheckedTrainer.compute_loss
+    whole = trainer.compute_loss
 
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = whole(self, *args, **kwargs)
@@ -30,17 +29,4 @@ def poison(kind: str, step: int, rank: int) -> None:
             loss = loss * float("nan")
         return loss
 
-    CheckedTrainer.compute_loss = compute_loss
-
-
-def main(arguments: list[str]) -> int:
-    """Patch, then be the agent."""
-    kind, step, rank, *rest = arguments
-    from launcher.train import agent
-
-    poison(kind, int(step), int(rank))
-    return agent.main(rest)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    trainer.compute_loss = compute_loss

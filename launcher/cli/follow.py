@@ -61,9 +61,9 @@ def follow(plan: Plan, run: RunDirectory, output: str, cpu_count: int, as_json: 
     progress = Progress(run)
     click.echo("", err=True)
     try:
-        code, failure = launch(
-            plan, run, launch_environment(plan.topology, cpu_count), progress.poll
-        )
+        restarts = plan.worker.limits["max_restarts"]
+        environment = launch_environment(plan.topology, cpu_count, restarts)
+        code, failure = launch(plan, run, environment, progress.poll)
     except KeyboardInterrupt:
         progress.close()
         run.update_status(state="failed", error={"message": "interrupted"})

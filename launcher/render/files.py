@@ -42,7 +42,7 @@ def with_files(planned: Planned, run_directory: str, cpu_count: int) -> Plan:
     """
     plan = planned.plan
     argv = torchrun_argv(plan.topology, plan.worker.limits, run_directory, Path(run_directory).name)
-    environment = launch_environment(plan.topology, cpu_count)
+    environment = launch_environment(plan.topology, cpu_count, plan.worker.limits["max_restarts"])
     files = {
         "accelerate.yaml": yaml_text(_replaced(planned.engine.accelerate, run_directory)),
         "command.sh": command_script(argv, environment, plan.topology),

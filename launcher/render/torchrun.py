@@ -45,14 +45,18 @@ def torchrun_argv(
     )
 
 
-def launch_environment(topology: Topology, cpu_count: int) -> dict[str, str]:
+def launch_environment(topology: Topology, cpu_count: int, max_restarts: int = 0) -> dict[str, str]:
     """Variables that must stand before torchrun starts.
 
     OMP_NUM_THREADS: torchrun would set 1. Expandable segments: less fragmentation (torch
-    2.9 name). Tokenizers must not fork threads after data-loader workers.
+    2.9 name). Tokenizers must not fork threads after data-loader workers. A restart needs a
+    store of its own: in the shared one restarted ranks find the addresses of the dead ones
+    (torch 2.13, dynamic_rendezvous: `Gloo connectFullMesh failed`, or a hang).
     """
     threads = max(1, cpu_count // topology.gpus_per_node)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if max_restarts:
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if topology.device == "cpu":
         # Spinning threads of one rank starve the other's on a busy machine (10x seen).
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
