@@ -157,9 +157,12 @@ def kill_all(attempt: Attempt) -> tuple[int, ...]:
 def kill_everything(attempt: Attempt) -> None:
     """SIGKILL to the launcher and all that it started."""
     attempt.process.kill()
-    for pid in members(str(attempt.run.path)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    # Again: what is being forked right now is not on the first list.
+    while pids := members(str(attempt.run.path)):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def kill_launcher(attempt: Attempt) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ GLOBAL_BATCH = 16
 ROWS = 88
 SAME_WORLD_BOUND = 1e-6
 OTHER_WORLD_BOUND = 1e-5
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1", "hsdp")
 CHAINS = {
     "ddp": (("single", 1), ("ddp", 2), ("ddp", 4), ("ddp", 2)),
     "fsdp": (("single", 1), ("fsdp", 2), ("fsdp", 4), ("fsdp", 2)),

@@ -241,7 +241,7 @@ def _outcome(run: RunDirectory, code: int, *, stopped: bool) -> tuple[ExitCode, 
     state, attempt = status.get("state"), int(status["attempt"])
     if code == 0 and state == "completed":
         return ExitCode.DONE, None
-    if state == "preempted":
+    if state == "preempted" and (stopped or find_failure(run, attempt, "").rank is None):
         return ExitCode.PREEMPTED, None
     if stopped and status.get("stage") in BEFORE_TRAINING:
         run.update_status(state="preempted", stage="stopped before training")

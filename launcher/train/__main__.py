@@ -70,7 +70,9 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
             run.update_status(attempt=attempt)
         train(plan, run, stop)
     except StoppedBeforeTraining as request:
-        run.update_status(state="preempted", stage=f"stopped by {request} before training")
+        # An agent stops the others like this, too, where one rank has failed.
+        if not any(run.logs(attempt).glob("rank-*.error.json")):
+            run.update_status(state="preempted", stage=f"stopped by {request} before training")
         raise
     except BaseException as error:
         record_error(run, attempt, error)

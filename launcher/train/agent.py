@@ -9,25 +9,33 @@ is imported may have touched CUDA before a fork, and that is not proven here
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
 from launcher.runs.directory import RunDirectory
 from launcher.train.__main__ import read_plan, run_to_end
 from launcher.train.packages import leave_out_unused
+from launcher.train.process import finish
 
 MONITOR_SECONDS = 0.05
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALLED_EXIT = 128  # as shells count
 
 
 def run_rank(folder: str) -> None:
     """What each forked rank does."""
+    parent = os.getppid()
     run_to_end(RunDirectory(Path(folder)), forked=True)
+    if os.getppid() != parent:
+        finish(0)  # elastic would wait for word from an agent that is gone
 
 
 def start(ranks: int, folder: str) -> int:
     """Run one directory's ranks to their end; 0 where all succeeded."""
-    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -41,6 +49,9 @@ def start(ranks: int, folder: str) -> int:
         max_restarts=read_plan(RunDirectory(Path(folder))).worker.limits["max_restarts"],
         monitor_interval=MONITOR_SECONDS,
         start_method="fork",
+        # This agent passes stop signals on by itself: elastic would stop listening to ranks
+        # that save, and kill them after its shutdown timeout.
+        signals_to_handle="SIGQUIT",
     )
     try:
         elastic_launch(config, run_rank)(folder)
@@ -48,18 +59,25 @@ def start(ranks: int, folder: str) -> int:
         # The ranks have recorded their own errors; this one only says that there are some.
         sys.stderr.write(f"{error}\n")
         return 1
-    except SignalException as stopped:
-        # What the ranks did with it stands in status.json.
-        sys.stderr.write(f"{stopped}\n")
-        return 1
     return 0
+
+
+def pass_on(number: int, frame: object) -> None:
+    """Let the ranks save and stop; before there are any, there is nothing to wait for."""
+    children = multiprocessing.active_children()
+    if not children:
+        sys.exit(SIGNALLED_EXIT + number)
+    for pid in (child.pid for child in children if child.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def main(arguments: list[str]) -> int:
     """Import once, then run each directory."""
+    for number in PASSED_ON:
+        signal.signal(number, pass_on)
     ranks, *folders = arguments
     plans = [read_plan(RunDirectory(Path(folder))) for folder in folders]
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = plans[0].worker.limits["signals"]
     leave_out_unused(plans)
     import launcher.train.session  # noqa: F401 - what the ranks inherit
 

@@ -52,7 +52,7 @@ def test_the_first_failing_ranks_own_error_is_shown(tmp_path) -> None:
     assert "failed first: ValueError: Invalid beta parameter at index 0: 5.0" in err
     assert "ChildFailedError" not in out + err
     assert "Traceback" not in out + err
-    log = err.rsplit("full log: ", 1)[1].strip()
+    log = err.rsplit("full log: ", 1)[1].splitlines()[0]
     assert "Traceback" in (tmp_path / log).read_text()
     assert status(tmp_path)["state"] == "failed"
     assert members(str(tmp_path / "run")) == []
@@ -64,21 +64,56 @@ def test_a_killed_rank_ends_the_run(tmp_path) -> None:
     os.kill(max(members(str(tmp_path / "run"))), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error:" in err
+    assert "failed first: it was ended by signal 9" in err
+    assert "memory ran out" in err
     assert status(tmp_path)["state"] == "failed"
     assert members(str(tmp_path / "run")) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_leaves_no_process(tmp_path, number) -> None:
+def test_a_stopped_run_saves_and_leaves_no_process(tmp_path, number) -> None:
     process = start(tmp_path)
     wait_for_step(tmp_path, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "interrupted" in err
+    assert process.returncode == 75
+    step = status(tmp_path)["step"]
+    assert f"checkpoint-{step} is whole; go on with: sftlaunch resume run" in err
     assert "Traceback" not in err
-    assert status(tmp_path)["state"] == "failed"
+    assert status(tmp_path)["state"] == "preempted"
+    assert members(str(tmp_path / "run")) == []
+
+
+def test_stop_after_a_time_then_resume(tmp_path) -> None:
+    process = start(tmp_path, "--stop-after", "3s", "--set", "training.max_steps=30")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "stopped by --stop-after 3 s" in err
+    assert status(tmp_path)["state"] == "preempted"
+    done = subprocess.run(
+        [PROGRAM, "resume", "run", "--set", "limits.stop_after=null"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path)["state"] == "completed"
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 31))
+
+
+def test_a_stop_before_the_training_leaves_nothing_running(tmp_path) -> None:
+    process = start(tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run/logs/attempt-1/launcher.log").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "there is no checkpoint yet; go on with: sftlaunch resume run" in err
     assert members(str(tmp_path / "run")) == []
 
 

@@ -1,0 +1,71 @@
+"""A resumed run's curve, on as many ranks, on others, under another strategy."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench.resume import CHAINS, STRATEGIES, Lab, all_pairs
+from launcher.runs.checkpoints import whole
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(3000)]
+# Every engine once as the source and once as the target, in a circle.
+CIRCLE = (
+    ("single", "zero3"),
+    ("zero3", "fsdp"),
+    ("fsdp", "zero2"),
+    ("zero2", "fsdp1"),
+    ("fsdp1", "ddp"),
+    ("ddp", "single"),
+)
+SOURCES = ("single", "ddp", "zero2", "zero3", "fsdp", "fsdp1")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    laboratory = Lab(folder)
+    laboratory.start("lora", SOURCES)
+    return laboratory
+
+
+def strays(rows) -> dict[str, str]:
+    return {row.path: f"{row.difference} {row.outcome.detail}" for row in rows if not row.good}
+
+
+def test_the_same_curve_after_a_resume(lab) -> None:
+    assert not strays(lab.same_world("lora", ("ddp", "zero3", "fsdp")))
+
+
+def test_the_same_curve_under_another_strategy(lab) -> None:
+    assert not strays(lab.other_strategies("lora", CIRCLE))
+
+
+def test_the_same_curve_on_one_two_four_and_two_ranks(lab) -> None:
+    assert not strays(lab.chain("lora", CHAINS["fsdp"], "fsdp"))
+
+
+def test_a_checkpoint_is_what_the_contract_says(lab) -> None:
+    cell = lab.cell("fsdp", "lora", 2)
+    folder = lab.folder / cell.name / "checkpoints" / "checkpoint-6"
+    record = json.loads((folder / "complete.json").read_text())
+    assert (record["step"], record["world"], record["global_batch_size"]) == (6, 2, 16)
+    assert record["strategy"] == "fsdp"
+    assert record["versions"]["torch"]
+    on_disk = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert on_disk - {"complete.json"} == set(record["files"])
+    assert "adapter_model.safetensors" in on_disk
+    assert whole(folder).step == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_strategy_into_every_other(method, tmp_path) -> None:
+    laboratory = Lab(tmp_path)
+    laboratory.start(method, STRATEGIES)
+    rows = laboratory.same_world(method, STRATEGIES)
+    rows += laboratory.other_strategies(method, all_pairs(STRATEGIES))
+    for name, stages in CHAINS.items():
+        rows += laboratory.chain(method, stages, name)
+    assert not strays(rows)
