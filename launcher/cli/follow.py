@@ -32,6 +32,7 @@ class Progress:
         self.live = sys.stderr.isatty()
         self.started = time.monotonic()
         self.shown = ""
+        self.notes_shown = 0
         self.next_time = 0.0
 
     def poll(self) -> None:
@@ -40,7 +41,9 @@ class Progress:
         if now < self.next_time:
             return
         self.next_time = now + LIVE_INTERVAL_SECONDS
-        text = progress_text(self.run.read_status(), self.run.read_metrics())
+        status = self.run.read_status()
+        self._show_notes(status.get("notes") or [])
+        text = progress_text(status, self.run.read_metrics())
         if self.live:
             width = shutil.get_terminal_size((100, 24)).columns - 1
             line = f"{duration(now - self.started):>6}  {text}"[:width]
@@ -49,6 +52,13 @@ class Progress:
             click.echo(f"{duration(now - self.started):>6}  {text}", err=True)
             self.next_time = now + PLAIN_INTERVAL_SECONDS
         self.shown = text
+
+    def _show_notes(self, notes: list[str]) -> None:
+        """What the ranks have said: where they go on, which checkpoints they skipped."""
+        for note in notes[self.notes_shown :]:
+            start = "\r" if self.live else ""
+            click.echo(f"{start}{duration(time.monotonic() - self.started):>6}  {note}", err=True)
+        self.notes_shown = max(self.notes_shown, len(notes))
 
     def close(self) -> None:
         """Leave the live line."""

@@ -108,6 +108,8 @@ def start(request: Request, dry_run: bool) -> int:
         decided = _go_on(decided, request, run_directory)
     if dry_run:
         show(decided, request)
+        if goes_on and not request.json:
+            say_where(run_directory, decided.output, to_stderr=False)
         return ExitCode.DONE
     if goes_on and run_directory.read_status().get("state") == "completed":
         say_complete(run_directory, decided.output)

@@ -17,6 +17,7 @@ from launcher.errors import EnvironmentNotReady, ExitCode
 from launcher.launch.processes import MARK, end_all
 from launcher.plan.types import Plan
 from launcher.render.quote import shell_line
+from launcher.render.text import bytes_text
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import Failure, find_failure
 from launcher.train.process import die_with_parent
@@ -33,7 +34,6 @@ BEFORE_TRAINING = (
     "loading the model",
     "preparing",
 )
-MEGABYTE = 1_000_000
 
 
 def check_environment(plan: Plan, present_gpus: int) -> None:
@@ -104,16 +104,12 @@ def check_space(plan: Plan, run: RunDirectory) -> None:
     keep = plan.worker.checkpoints["keep"]
     raise EnvironmentNotReady(
         "disk_space",
-        f"{keep} checkpoints and the final save need {_megabytes(needed)}, "
-        f"{_megabytes(free)} are free for {run.path}",
-        why=f"one checkpoint has {_megabytes(plan.storage.checkpoint_bytes or 0)}, "
+        f"{keep} checkpoints and the final save need {bytes_text(needed)}, "
+        f"{bytes_text(free)} are free for {run.path}",
+        why=f"one checkpoint has {bytes_text(plan.storage.checkpoint_bytes or 0)}, "
         "and the next is written before an old one goes",
         fix="use --set checkpoints.keep=1, or --output on another disk",
     )
-
-
-def _megabytes(number: int) -> str:
-    return f"{number / MEGABYTE:,.1f} MB"
 
 
 def launch(

@@ -8,9 +8,9 @@ from typing import Any
 
 from launcher.plan.adapter import METHODS
 from launcher.plan.batch import equation
-from launcher.plan.types import Advice, Memory, Plan, Time
+from launcher.plan.types import Advice, Memory, Plan, Storage, Time
 from launcher.render.quote import shell_line
-from launcher.spec.schema import Spec
+from launcher.spec.schema import CheckpointSpec, Spec
 
 LABEL_WIDTH = 10
 MAX_DEFAULTS = 40
@@ -66,6 +66,7 @@ def _entries(
     yield "batch", equation(plan.batch, topology.data_parallel_size)
     yield "memory", memory_text(plan.memory, topology.device)
     yield "time", time_text(plan.time, topology.device)
+    yield "saves", saves_text(plan.storage, spec.checkpoints)
     for reason in plan.reasons[2:]:
         yield "fixed up", reason
     yield "defaults", _defaults(plan.defaults)
@@ -130,6 +131,23 @@ def time_text(time: Time, device: str) -> str:
     if time.total_seconds is None or time.seconds_per_step is None:
         return f"{steps}; duration {time.basis}"
     return f"{steps}, {time.seconds_per_step:.2f} s each, {duration(time.total_seconds)} in all"
+
+
+def saves_text(storage: Storage, checkpoints: CheckpointSpec) -> str:
+    """How often, how many, how large."""
+    text = f"every {plural(checkpoints.every_steps or 0, 'step')}, the last {checkpoints.keep} kept"
+    if storage.checkpoint_bytes is None or storage.total_bytes is None:
+        return f"{text}; their size is unknown"
+    one, total = bytes_text(storage.checkpoint_bytes), bytes_text(storage.total_bytes)
+    return f"{text}, {one} each, {total} in all with the final save"
+
+
+def bytes_text(number: int) -> str:
+    """A size on disk: 3.5 MB, 1.2 TB."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"
 
 
 def plural(number: int, noun: str) -> str:

@@ -32,11 +32,12 @@ def torchrun_argv(
             f"--rdzv-endpoint={HEAD_NODE}",
             f"--rdzv-id={run_name}",
         )
+    restarts = limits["max_restarts"]
     return (
         "torchrun",
         *rendezvous,
         f"--nproc-per-node={topology.gpus_per_node}",
-        f"--max-restarts={limits['max_restarts']}",
+        *([f"--max-restarts={restarts}"] if restarts else []),
         f"--shutdown-timeout={limits['shutdown_timeout_seconds']}",
         f"--signals-to-handle={limits['signals']}",
         "-m",

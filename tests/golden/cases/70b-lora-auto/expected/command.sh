@@ -9,7 +9,6 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=1
 exec torchrun \
   --standalone \
   --nproc-per-node=8 \
-  --max-restarts=0 \
   --shutdown-timeout=122 \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   -m launcher.train \

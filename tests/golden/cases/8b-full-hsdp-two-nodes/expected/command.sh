@@ -13,7 +13,6 @@ exec torchrun \
   --rdzv-endpoint=HEAD_NODE:29500 \
   --rdzv-id=8b-full-hsdp-two-nodes \
   --nproc-per-node=8 \
-  --max-restarts=0 \
   --shutdown-timeout=2899 \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   -m launcher.train \

@@ -8,7 +8,6 @@ export TOKENIZERS_PARALLELISM=false
 exec torchrun \
   --standalone \
   --nproc-per-node=2 \
-  --max-restarts=0 \
   --shutdown-timeout=120 \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   -m launcher.train \
