@@ -488,17 +488,18 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="kinds of fault")
     parser.add_argument("--settings", nargs="*", help="such as fsdp-lora")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--thin", type=int, default=1, help="only every Nth kind in each setting")
     parser.add_argument("--write", action="store_true", help="write docs/faults.md")
     options = parser.parse_args()
     kinds = options.only or [*FAULTS, DISK_FULL]
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="sftlaunch-faults-") as name:
         folder = Path(name)
-        for setting in SETTINGS_UNDER_TEST:
+        for place, setting in enumerate(SETTINGS_UNDER_TEST):
             if options.settings and setting.name not in options.settings:
                 continue
             undisturbed = reference(setting, folder)
-            for fault in kinds:
+            for fault in kinds[place % options.thin :: options.thin]:
                 # Every run draws its own moment; the number makes it the same next time.
                 for seed in range(len(results), len(results) + options.seeds):
                     begun = time.monotonic()

@@ -144,13 +144,14 @@ class AgreementCallback(TrainerCallback):  # type: ignore[misc]
 class HeartbeatCallback(TrainerCallback):  # type: ignore[misc]
     """Progress, for the timer that ends stuck ranks; and a limit on every collective."""
 
-    def __init__(self, ranks: Ranks, limit_seconds: float) -> None:
-        self.ranks, self.heartbeat = ranks, Heartbeat(limit_seconds)
+    def __init__(self, ranks: Ranks, heartbeat: Heartbeat, save_seconds: float) -> None:
+        self.ranks, self.heartbeat, self.save_seconds = ranks, heartbeat, save_seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Data and model are there: what takes long from now on is stuck."""
-        # The stacks come first, the collectives' own errors after them.
-        self.ranks.limit_collectives(self.heartbeat.limit_seconds + COLLECTIVE_MARGIN_SECONDS)
+        # The stacks come first, the collectives' own errors after them; a save may take long.
+        limit = max(self.heartbeat.limit_seconds, self.save_seconds)
+        self.ranks.limit_collectives(limit + COLLECTIVE_MARGIN_SECONDS)
         self.heartbeat.beat()
 
     def _beat(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -208,9 +208,10 @@ class Heartbeat:
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds = limit_seconds
 
-    def beat(self) -> None:
-        """Progress was made."""
-        faulthandler.dump_traceback_later(self.limit_seconds, exit=True)
+    def beat(self, at_least_seconds: float = 0.0) -> None:
+        """Progress was made; the next is due within the limit, or within so many seconds."""
+        limit = max(self.limit_seconds, at_least_seconds)
+        faulthandler.dump_traceback_later(limit, exit=True)
 
     def stop(self) -> None:
         """Nothing is waited for any more."""

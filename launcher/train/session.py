@@ -96,7 +96,9 @@ def callbacks(
     found: list[Any] = [
         RecordCallback(run, trainer),
         AgreementCallback(trainer, stop),
-        HeartbeatCallback(trainer.ranks, worker.limits["stuck_after_seconds"]),
+        HeartbeatCallback(
+            trainer.ranks, trainer.heartbeat, worker.limits["shutdown_timeout_seconds"]
+        ),
         SamplesCallback(worker.samples["every_steps"], examiner.examine),
     ]
     patience = worker.evaluation["early_stopping_patience"]

@@ -12,7 +12,7 @@ from launcher.errors import PlanRefused
 from launcher.plan.types import Plan
 from launcher.runs.checkpoints import Checkpoint
 from launcher.train.checkpoint import CheckpointStore
-from launcher.train.control import Agreement, Ranks
+from launcher.train.control import Agreement, Heartbeat, Ranks
 from launcher.train.health import Health, UnhealthyStepError, name_rows
 from launcher.train.order import GlobalBatchOrder, mask_filling, positions
 from launcher.train.save import save_fsdp1
@@ -57,6 +57,7 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         """
         self.plan, self.ranks, self.store = plan, ranks, store
         self.health, self.row_numbers, self.on_engine = store.health, row_numbers, on_engine
+        self.heartbeat = Heartbeat(plan.worker.limits["stuck_after_seconds"])
         self._micro_losses: list[Any] = []
         self._grad_norm = 0.0
         self._rows_in_step = 0
@@ -194,6 +195,7 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A whole checkpoint in place of transformers' own."""
+        self.heartbeat.beat(self.plan.worker.limits["shutdown_timeout_seconds"])
         self.store_flos()
         self.store.save(self)
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench.resume import CHAINS, STRATEGIES, Lab, all_pairs
+from bench.resume import CHAINS, STRATEGIES, Lab, pairs_for
 from launcher.runs.checkpoints import whole
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3000)]
@@ -65,7 +65,7 @@ def test_every_strategy_into_every_other(method, tmp_path) -> None:
     laboratory = Lab(tmp_path)
     laboratory.start(method, STRATEGIES)
     rows = laboratory.same_world(method, STRATEGIES)
-    rows += laboratory.other_strategies(method, all_pairs(STRATEGIES))
+    rows += laboratory.other_strategies(method, pairs_for(method))
     for name, stages in CHAINS.items():
         rows += laboratory.chain(method, stages, name)
     assert not strays(rows)
