@@ -282,9 +282,23 @@ def prefix_checkpointing(case: Case) -> Refusal | None:
     )
 
 
+def skipped_steps(case: Case) -> Refusal | None:
+    """DeepSpeed steps its optimizer inside the backward pass: there is nothing left to skip."""
+    if case.spec.health.policy != "skip" or not case.strategy.startswith("zero"):
+        return None
+    return PlanRefused(
+        "health_policy",
+        f"health.policy skip does not work under {case.strategy}",
+        why="the optimizer has stepped by the time a bad loss is seen",
+        fix="use --set health.policy=stop, or --strategy fsdp",
+        source="accelerate 1.15 DeepSpeedEngineWrapper.backward",
+    )
+
+
 CHECKS: tuple[Callable[[Case], Refusal | None], ...] = (
     precision,
     offload_on_cpu,
+    skipped_steps,
     stored_quantised,
     length,
     packing,

@@ -34,6 +34,11 @@ FSDP_VARIABLES = {
     "fsdp_cpu_ram_efficient_loading": "FSDP_CPU_RAM_EFFICIENT_LOADING",
     "fsdp_activation_checkpointing": "FSDP_ACTIVATION_CHECKPOINTING",
 }
+# The last collectives of a rank that hangs, written beside its log (torch 2.13 names).
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_FR_DUMP_TEMP_FILE": "{run_directory}/logs/flight-recorder-rank-",
+}
 # Placeholder in rendered files for the run directory, which only the launcher knows.
 RUN_DIRECTORY = "{run_directory}"
 
@@ -115,13 +120,13 @@ def engine_environment(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _device_environment(device: str) -> dict[str, str]:
-    """What makes accelerate and deepspeed take the CPU for what it is.
+    """On GPUs the flight recorder; on CPU what makes accelerate and deepspeed see a CPU.
 
-    Without it they fall back to plain DDP, or to one process, without a word
+    Without the latter they fall back to plain DDP, or to one process, without a word
     (accelerate 1.15 state.py; deepspeed 0.19 accelerator/real_accelerator.py).
     """
     if device != "cpu":
-        return {}
+        return dict(FLIGHT_RECORDER)
     return {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from launcher.runs.directory import RunDirectory
@@ -81,7 +82,10 @@ def main(arguments: list[str]) -> int:
     leave_out_unused(plans)
     import launcher.train.session  # noqa: F401 - what the ranks inherit
 
-    return max(start(int(ranks), folder) for folder in folders)
+    # torch leaves an empty error file for each rank in the temporary folder (torch 2.13, spawn).
+    with tempfile.TemporaryDirectory(prefix="sftlaunch-agent-") as temporary:
+        tempfile.tempdir = temporary
+        return max(start(int(ranks), folder) for folder in folders)
 
 
 if __name__ == "__main__":
