@@ -8,7 +8,7 @@ unmasked tokens of the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,6 +59,12 @@ class GlobalBatchOrder(Sampler[int]):  # type: ignore[misc]
         start = step_in_epoch * self.global_batch_size
         return self.order(epoch)[start : start + self.global_batch_size]
 
+    def row_at(self, step: int, place: int) -> int:
+        """Row at a place in an optimizer step's global batch, filling included."""
+        epoch, step_in_epoch = divmod(step, self.steps)
+        position = step_in_epoch * self.global_batch_size + place
+        return self.order(epoch)[position % self.rows]
+
     def filling(self, step: int) -> int:
         """How many sequences of an optimizer step are only there to fill it."""
         start = step % self.steps * self.global_batch_size
@@ -78,6 +84,7 @@ def mask_filling(
     rank: int,
     world: int,
     micro_batch_size: int,
+    length_of: Callable[[int], int] | None = None,
 ) -> Iterator[Any]:
     """Micro batches with the labels of all sequences beyond the real ones masked.
 
@@ -87,9 +94,15 @@ def mask_filling(
         rank: this rank.
         world: number of ranks.
         micro_batch_size: sequences in a micro batch.
+        length_of: tokens of the sequence at a place in the global batch, for collators that
+            lay all sequences of a micro batch end to end (padding-free: labels of 1 x tokens).
     """
     for micro_step, batch in enumerate(batches):
-        for row, position in enumerate(positions(micro_step, rank, world, micro_batch_size)):
-            if position >= real:
-                batch["labels"][row] = IGNORED_LABEL
+        places = positions(micro_step, rank, world, micro_batch_size)
+        labels = batch["labels"]
+        if len(labels) < micro_batch_size and length_of is not None:
+            kept = sum(length_of(place) for place in places if place < real)
+            labels[:, kept:] = IGNORED_LABEL
+        else:
+            labels[[place >= real for place in places]] = IGNORED_LABEL
         yield batch

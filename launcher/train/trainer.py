@@ -94,8 +94,15 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
             rank=self.ranks.rank,
             world=self.ranks.world,
             micro_batch_size=self.args.per_device_train_batch_size,
+            length_of=self._tokens_at,
         )
         return super().get_batch_samples(masked, num_batches, device)
+
+    def _tokens_at(self, place: int) -> int:
+        """Tokens of the sequence at a place in this step's global batch."""
+        assert self.order is not None  # noqa: S101 - there is no filling without it
+        row = self.order.row_at(self.state.global_step, place)
+        return len(self.train_dataset[row]["input_ids"])
 
     # --- one step ---
 
