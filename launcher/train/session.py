@@ -42,6 +42,21 @@ def train(plan: Plan, run: RunDirectory, stop: StopRequest) -> None:
     It goes on from the run's newest whole checkpoint where there is one. A stop that was
     asked for ends it in state `preempted`.
     """
+    trainer, examiner = prepare(plan, run, stop)
+    checkpoint = trainer.resumed
+    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    for stage in (_evaluate, examiner.examine_last, _save):
+        if trainer.stopped or _asked_to_stop(trainer, stop):
+            _end_early(run, trainer, stop)
+            return
+        stage(plan, run, trainer)
+    stop.disarm()
+    trainer.end()
+    _stage(run, "done", state="completed", step=trainer.state.global_step)
+
+
+def prepare(plan: Plan, run: RunDirectory, stop: StopRequest) -> tuple[Any, Examiner]:
+    """Process group, rows, checkpoint, model, trainer: all that comes before the first step."""
     started = time.monotonic()
     check_world(plan)
     _stage(run, "starting", state="running", error=None)
@@ -69,23 +84,19 @@ def train(plan: Plan, run: RunDirectory, stop: StopRequest) -> None:
         trainer.add_callback(callback)
     _stage(run, "preparing", seconds_to_ready=round(time.monotonic() - started, 3))
     _resume(run, trainer, checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    if trainer.stopped or _asked_to_stop(ranks, stop):
-        _end_early(run, trainer, stop)
-        return
-    if held_out is not None:
+    return trainer, examiner
+
+
+def _evaluate(plan: Plan, run: RunDirectory, trainer: Any) -> None:
+    if trainer.eval_dataset is not None:
         _stage(run, "evaluating")
         trainer.evaluate()
-    examiner.examine(trainer.state.global_step, last=True)
-    if _asked_to_stop(ranks, stop):
-        _end_early(run, trainer, stop)
-        return
+
+
+def _save(plan: Plan, run: RunDirectory, trainer: Any) -> None:
     _stage(run, "saving", step=trainer.state.global_step)
     save_final(plan, run, trainer)
-    ranks.wait()
-    stop.disarm()
-    trainer.end()
-    _stage(run, "done", state="completed", step=trainer.state.global_step)
+    trainer.ranks.wait()
 
 
 def callbacks(
@@ -123,19 +134,18 @@ def _resume(run: RunDirectory, trainer: Any, checkpoint: Checkpoint | None) -> N
     run.update_status(resumed_from=checkpoint.path.name, step=checkpoint.step)
 
 
-def _asked_to_stop(ranks: Ranks, stop: StopRequest) -> bool:
+def _asked_to_stop(trainer: Any, stop: StopRequest) -> bool:
     """Whether any rank was, between two stages after the training."""
-    return any(ranks.gather(stop.wanted))
+    return any(trainer.ranks.gather(stop.wanted))
 
 
 def _end_early(run: RunDirectory, trainer: Any, stop: StopRequest) -> None:
     reasons = [reason for reason in trainer.ranks.gather(stop.reason) if reason]
+    why = reasons[0] if reasons else "a stop request"
+    _stage(run, f"stopped by {why}", state="preempted", step=trainer.state.global_step)
     trainer.ranks.wait()
     stop.disarm()
     trainer.end()
-    step = trainer.state.global_step
-    why = reasons[0] if reasons else "a stop request"
-    _stage(run, f"stopped by {why}", state="preempted", step=step)
 
 
 def _say(run: RunDirectory, text: str) -> None:
@@ -194,6 +204,10 @@ class Examiner:
         if rank_of() == 0:
             self._write(step, found, held_out)
         _stage(self.run, "training")
+
+    def examine_last(self, plan: Plan, run: RunDirectory, trainer: Any) -> None:
+        """The trained model's answers."""
+        self.examine(trainer.state.global_step, last=True)
 
     def _write(self, step: int, found: list[tuple[str, bool]], held_out: list[Any]) -> None:
         for prompt, (answer, stopped) in zip(self.prompts, found, strict=False):
