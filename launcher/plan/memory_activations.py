@@ -22,7 +22,7 @@ from launcher.plan.memory_state import (
 )
 
 if TYPE_CHECKING:
-    from launcher.plan.memory import MemoryInputs
+    from launcher.plan.memory_inputs import MemoryInputs
 
 _FUSED_TOKENS = 4096  # trl kernels/chunked_logprob.py TOKEN_CHUNK_SIZE
 _FUSED_VOCABULARY = 32768  # trl trainer/utils.py _CHUNKED_LOGPROB_CHUNK_SIZE
