@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import click
@@ -19,6 +20,7 @@ from launcher.runs.checkpoints import (
     Skipped,
     checkpoint_folders,
     describe,
+    move_aside,
     newest_whole,
     whole,
 )
@@ -27,7 +29,6 @@ from launcher.spec.load import Override, load_spec
 from launcher.spec.schema import Spec
 
 ANY_COUNT = ("single", "hsdp")
-SET_ASIDE = "set-aside"
 SHOWN_DIFFERENCES = 3
 
 
@@ -64,6 +65,8 @@ def other_hardware(old: Spec, overrides: tuple[Override, ...]) -> tuple[Override
     gpus = said.get("hardware.gpus", old.hardware.gpus)
     if gpus == old.hardware.gpus or gpus is None:
         return ()
+    if old.batch.global_batch_size is not None:
+        _refuse_uneven(gpus, old.batch.global_batch_size)
     found = []
     if "strategy" not in said and (old.strategy in ANY_COUNT or gpus == 1):
         found.append(Override("strategy", "auto", "--gpus"))
@@ -72,6 +75,24 @@ def other_hardware(old: Spec, overrides: tuple[Override, ...]) -> tuple[Override
     if "batch.micro_batch_size" not in said and not divides:
         found.append(Override("batch.micro_batch_size", "auto", "--gpus"))
     return tuple(found)
+
+
+def _refuse_uneven(gpus: int, total: int) -> None:
+    """The run's global batch is given: where it does not divide, the GPUs must change.
+
+    Raises:
+        PlanRefused: with the nearest numbers of GPUs that divide it.
+    """
+    if total % gpus == 0:
+        return
+    fitting = [number for number in range(1, total + 1) if total % number == 0]
+    near = [max(n for n in fitting if n < gpus), *(n for n in fitting if n > gpus)][:2]
+    raise PlanRefused(
+        "batch_equation",
+        f"the run's global batch of {total} does not divide over {gpus} GPUs",
+        why="a run keeps its global batch",
+        fix=f"use --gpus {' or '.join(map(str, near))}",
+    )
 
 
 def keep_global_batch(request: Request, run: RunDirectory) -> Request:
@@ -113,20 +134,12 @@ def refuse_running(run: RunDirectory) -> None:
             "running",
             f"{run.path} is running (process {pids[0]})",
             why="two attempts would overwrite each other",
-            fix="wait for its end, or sftlaunch cancel it; sftlaunch status shows it",
+            fix="wait for its end, or stop it by Ctrl-C or SIGTERM; sftlaunch status shows it",
         )
 
 
-def choose_source(resume: str, run: RunDirectory, old: RunDirectory | None) -> Checkpoint | None:
-    """The checkpoint that `--resume PATH` names, made the one that the ranks will find.
-
-    Args:
-        resume: the option's value, neither auto nor never.
-        run: the output folder.
-        old: the same, where it holds a run already.
-
-    Returns:
-        Another run's checkpoint; None where it is the run's own.
+def find_source(resume: str) -> Checkpoint:
+    """The checkpoint that `--resume PATH` names: itself, or a run's newest whole one.
 
     Raises:
         SpecError: where there is no whole checkpoint.
@@ -142,29 +155,45 @@ def choose_source(resume: str, run: RunDirectory, old: RunDirectory | None) -> C
             why=why,
             fix="name a run directory or a checkpoint with its complete.json",
         )
-    if old is None or found.path.parent != old.checkpoints.resolve():
-        return found
-    _set_aside(run, found)
-    return None
+    return found
 
 
-def _set_aside(run: RunDirectory, chosen: Checkpoint) -> None:
+def refuse_foreign(source: Checkpoint, run: RunDirectory, resume: str) -> None:
+    """Refuse another run's checkpoint for a folder that holds a run.
+
+    Raises:
+        SpecError: where the checkpoint is not the run's own.
+    """
+    if source.path.parent == run.checkpoints.resolve():
+        return
+    raise SpecError(
+        "output_taken",
+        f"--resume {resume}: the output folder holds a run with checkpoints of its own",
+        fix=f"use --output {free_name(str(run.path))}, or --resume auto",
+    )
+
+
+def set_aside_after(run: RunDirectory, chosen: Checkpoint) -> None:
     """Move checkpoints after the chosen one out of the way; nothing is deleted."""
-    aside = run.checkpoints / SET_ASIDE
     for folder in checkpoint_folders(run.checkpoints):
-        step = int(folder.name.rsplit("-", 1)[-1])
-        if step > chosen.step:
-            aside.mkdir(exist_ok=True)
-            number = sum(1 for _ in aside.glob(f"{folder.name}*"))
-            folder.rename(aside / (f"{folder.name}.{number}" if number else folder.name))
+        if int(folder.name.rpartition("-")[2]) > chosen.step:
+            move_aside(folder)
 
 
-def check_source(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Refuse a source whose data position would mean other rows.
+def check_source(checkpoint: Checkpoint, plan: Plan, resume: str) -> None:
+    """Refuse a source whose data position would mean other rows, or that no run vouches for.
 
     Raises:
         PlanRefused: where the global batch is another.
+        SpecError: where the checkpoint does not stand in its run's directory.
     """
+    if not RunDirectory(checkpoint.path.parents[1]).exists():
+        raise SpecError(
+            "no_checkpoint",
+            f"--resume {resume}: {checkpoint.path.name} does not stand in a run directory",
+            why="nothing says what was trained",
+            fix="name a run directory, or a checkpoint inside one",
+        )
     total = checkpoint.record["global_batch_size"]
     if total != plan.batch.global_batch_size:
         raise PlanRefused(
@@ -174,6 +203,16 @@ def check_source(checkpoint: Checkpoint, plan: Plan) -> None:
             why="rows would be seen twice or skipped",
             fix=f"use --global-batch-size {total}",
         )
+
+
+def with_source_of(plan: Plan, run: RunDirectory) -> Plan:
+    """The plan with the checkpoint of another run that this one once started from."""
+    try:
+        old = json.loads(run.plan.read_text(encoding="utf-8"))
+        source = old["worker"]["resume_from"]
+    except (ValueError, KeyError, TypeError):
+        source = None  # a plan that cannot be read is written anew
+    return dataclasses.replace(plan, worker=dataclasses.replace(plan.worker, resume_from=source))
 
 
 def with_measured_save(plan: Plan, run: RunDirectory) -> Plan:
@@ -197,7 +236,10 @@ def say_where(run: RunDirectory, output: str, *, to_stderr: bool) -> None:
     click.echo(f"resume     {output}, {where} (attempt {attempt})", err=to_stderr)
 
 
-def say_complete(run: RunDirectory, output: str) -> None:
+def say_complete(run: RunDirectory, output: str, *, as_json: bool) -> None:
     """The run is done: nothing is started and nothing changed."""
+    if as_json:
+        click.echo(json.dumps(run.read_status()))
+        return
     step = run.read_status().get("step")
     click.echo(f"{output} is complete (step {step}, {output}/final); use --output for a new run")

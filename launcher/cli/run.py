@@ -14,16 +14,19 @@ import click
 
 from launcher.cli.going_on import (
     check_source,
-    choose_source,
+    find_source,
     free_name,
     keep_global_batch,
     other_hardware,
     read_spec,
+    refuse_foreign,
     refuse_other_run,
     refuse_running,
     say_complete,
     say_where,
+    set_aside_after,
     with_measured_save,
+    with_source_of,
 )
 from launcher.cli.options import Request, load_request, make_request, plan_options
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
@@ -33,6 +36,7 @@ from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
 from launcher.render.files import run_files, with_files
 from launcher.render.text import plan_lines
+from launcher.runs.checkpoints import Checkpoint, remove_unsealed
 from launcher.runs.directory import RunDirectory
 from launcher.spec.load import Override
 
@@ -87,6 +91,12 @@ def resume(dry_run: bool, **arguments: Any) -> int:
     """
     found = find_run(arguments["spec_path"])
     request = dataclasses.replace(make_request(arguments), spec=str(found.spec))
+    if request.output_said:
+        raise SpecError(
+            "resume_output",
+            "resume goes on in the run's own folder, --output names another",
+            fix=f"use sftlaunch run --resume {found.path} --output ... for a new run from there",
+        )
     if request.resume == "never":
         raise SpecError(
             "resume_never", "resume with --resume never", fix="start anew with another --output"
@@ -106,13 +116,14 @@ def start(request: Request, dry_run: bool) -> int:
     goes_on = run_directory.exists() and request.resume != "never"
     if goes_on:
         decided = _go_on(decided, request, run_directory)
+    decided, own = _with_source(decided, request, run_directory, goes_on)
     if dry_run:
         show(decided, request)
         if goes_on and not request.json:
             say_where(run_directory, decided.output, to_stderr=False)
         return ExitCode.DONE
     if goes_on and run_directory.read_status().get("state") == "completed":
-        say_complete(run_directory, decided.output)
+        say_complete(run_directory, decided.output, as_json=request.json)
         return ExitCode.DONE
     if decided.planned.spec.dataset is None:
         raise SpecError(
@@ -122,8 +133,9 @@ def start(request: Request, dry_run: bool) -> int:
 
     check_environment(decided.plan, len(decided.facts.gpus))
     check_space(decided.plan, run_directory)
-    decided = _with_source(decided, request, run_directory, goes_on)
     claim_output(decided, run_directory, goes_on=goes_on)
+    if own is not None:
+        set_aside_after(run_directory, own)
     show(decided, request, to_stderr=request.json)
     if goes_on:
         say_where(run_directory, decided.output, to_stderr=request.json)
@@ -144,24 +156,26 @@ def _go_on(decided: Decided, request: Request, run: RunDirectory) -> Decided:
     if "batch.global_batch_size" in decided.plan.defaults:
         decided = decide(keep_global_batch(request, run))
     refuse_other_run(run, decided.planned.spec, decided.output)
-    planned = dataclasses.replace(
-        decided.planned, plan=with_measured_save(decided.planned.plan, run)
-    )
+    plan = with_source_of(with_measured_save(decided.planned.plan, run), run)
+    planned = dataclasses.replace(decided.planned, plan=plan)
     return _rendered(decided, planned)
 
 
-def _with_source(decided: Decided, request: Request, run: RunDirectory, goes_on: bool) -> Decided:
-    """The plan with the checkpoint that `--resume PATH` names."""
+def _with_source(
+    decided: Decided, request: Request, run: RunDirectory, goes_on: bool
+) -> tuple[Decided, Checkpoint | None]:
+    """The plan with the checkpoint that `--resume PATH` names; or that one, of this very run."""
     if request.resume in ("auto", "never"):
-        return decided
-    source = choose_source(request.resume, run, run if goes_on else None)
-    if source is None:
-        return decided
-    check_source(source, decided.plan)
+        return decided, None
+    source = find_source(request.resume)
+    if goes_on:
+        refuse_foreign(source, run, request.resume)
+        return decided, source
+    check_source(source, decided.plan, request.resume)
     refuse_other_run(RunDirectory(source.path.parents[1]), decided.planned.spec, request.resume)
     worker = dataclasses.replace(decided.planned.plan.worker, resume_from=str(source.path))
     plan = dataclasses.replace(decided.planned.plan, worker=worker)
-    return _rendered(decided, dataclasses.replace(decided.planned, plan=plan))
+    return _rendered(decided, dataclasses.replace(decided.planned, plan=plan)), None
 
 
 def _rendered(decided: Decided, planned: Planned) -> Decided:
@@ -218,7 +232,9 @@ def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool
         SpecError: the folder is taken, or cannot be written.
     """
     try:
-        if not goes_on:
+        if goes_on:
+            remove_unsealed(run_directory.checkpoints)  # what a full disk has left makes room
+        else:
             _refuse_taken(run_directory, decided.output)
         run_directory.create(run_files(decided.plan))
         attempt = int(run_directory.read_status().get("attempt") or 0)

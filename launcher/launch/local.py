@@ -20,7 +20,7 @@ from launcher.render.quote import shell_line
 from launcher.render.text import bytes_text
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import Failure, find_failure
-from launcher.train.process import die_with_parent
+from launcher.train.process import STARTED, die_with_parent
 
 POLL_SECONDS = 0.1
 # For stragglers after the agent has ended by itself, and for all after a second Ctrl-C.
@@ -33,6 +33,7 @@ BEFORE_TRAINING = (
     "looking for a checkpoint",
     "loading the model",
     "preparing",
+    "loading the checkpoint",
 )
 
 
@@ -144,7 +145,8 @@ def launch(
                 **os.environ,
                 **environment,
                 "SFTLAUNCH_ATTEMPT": str(attempt),
-                MARK: str(run.path),
+                MARK: os.path.realpath(run.path),
+                STARTED: str(time.time()),
                 # Ranks import this very package, also from a checkout.
                 "PYTHONPATH": _python_path(),
             },
@@ -155,7 +157,8 @@ def launch(
             # Where this process is killed, the ranks save and stop instead of staying behind.
             preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
-        code = _watch(process, run, stop, on_poll)
+        patience = float(plan.worker.limits["shutdown_timeout_seconds"])
+        code = _watch(process, run, stop, patience, on_poll)
     on_poll()
     return _outcome(run, code, stopped=stop.asked)
 
@@ -187,20 +190,23 @@ def _watch(
     process: subprocess.Popen[bytes],
     run: RunDirectory,
     stop: StopSignals,
+    patience: float,
     on_poll: Callable[[], None],
 ) -> int:
     """Wait for the end. Whatever ends the wait, no process of the run outlives it."""
-    forwarded = False
+    forwarded, grace = False, END_GRACE_SECONDS
     try:
         while (code := process.poll()) is None:
             if stop.asked and not forwarded:
                 forwarded = True
                 process.send_signal(signal.SIGTERM)
+                # Where the agent gives up before its ranks have saved, they are waited for.
+                grace = patience
             on_poll()
             time.sleep(POLL_SECONDS)
         return code
     finally:
-        end_all(str(run.path), END_GRACE_SECONDS)
+        end_all(str(run.path), END_GRACE_SECONDS if stop.at_once else grace)
         process.wait()
 
 
@@ -212,7 +218,7 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.at_once = False
         self._interrupts = 0
         self._before: dict[int, Any] = {}
 
@@ -228,6 +234,7 @@ class StopSignals:
         self.asked = True
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
+            self.at_once = True
             raise KeyboardInterrupt
 
 
@@ -235,8 +242,8 @@ def _outcome(run: RunDirectory, code: int, *, stopped: bool) -> tuple[ExitCode, 
     """What happened, by what the ranks recorded; torchrun's exit code is only a hint."""
     status = run.read_status()
     state, attempt = status.get("state"), int(status["attempt"])
-    if code == 0 and state == "completed":
-        return ExitCode.DONE, None
+    if state == "completed" and run.final.is_dir():
+        return ExitCode.DONE, None  # torchrun exits 1 after any SIGTERM, also one that came late
     if state == "preempted" and (stopped or find_failure(run, attempt, "").rank is None):
         return ExitCode.PREEMPTED, None
     if stopped and status.get("stage") in BEFORE_TRAINING:

@@ -18,7 +18,8 @@ POLL_SECONDS = 0.05
 
 def members(run_directory: str) -> list[int]:
     """Processes of this user that were started for a run, without this one."""
-    mark = f"{MARK}={run_directory}".encode()
+    # One name for a folder that is reached through a link, too.
+    mark = f"{MARK}={os.path.realpath(run_directory)}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

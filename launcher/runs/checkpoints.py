@@ -22,6 +22,8 @@ from typing import Any
 from launcher.runs.directory import write_atomic
 
 SEAL = "complete.json"
+OWN_DIGEST = "sha256_of_this_record"
+SET_ASIDE = "set-aside"
 NAME = re.compile(r"checkpoint-(\d+)$")
 # Hashing releases the GIL; more threads than this only fight for the disk.
 HASH_THREADS = 8
@@ -90,8 +92,15 @@ def seal(folder: Path, record: Mapping[str, Any], files: Mapping[str, Any]) -> C
         files: what `digests` gave, over all ranks.
     """
     full = {**record, "files": dict(sorted(files.items()))}
+    full[OWN_DIGEST] = _record_digest(full)
     write_atomic(folder / SEAL, json.dumps(full, indent=1) + "\n")
     return Checkpoint(folder, full)
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a seal without its own digest."""
+    kept = {key: value for key, value in record.items() if key != OWN_DIGEST}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def file_names(folder: Path) -> list[str]:
@@ -105,11 +114,14 @@ def read_seal(folder: Path) -> Checkpoint | Skipped:
     try:
         record = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         files = record["files"]
-        int(record["step"])
+        whole = record[OWN_DIGEST] == _record_digest(record)
     except FileNotFoundError:
         return Skipped(folder.name, "its save did not finish (no complete.json)")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Skipped(folder.name, "its complete.json cannot be read")
+    match = NAME.match(folder.name)
+    if not whole or (match and int(match[1]) != record["step"]):
+        return Skipped(folder.name, "its complete.json is damaged")
     for name, file in files.items():
         size = _size(folder / name)
         if size != file["bytes"]:
@@ -157,24 +169,29 @@ def whole(folder: Path, *, contents: bool = True) -> Checkpoint | Skipped:
     return (check_contents(found) if contents else None) or found
 
 
-def rotate(root: Path, keep: int, protected: Collection[str] = ()) -> list[str]:
+def rotate(
+    root: Path, keep: int, protected: Collection[str] = (), newest: int | None = None
+) -> list[str]:
     """Remove sealed checkpoints beyond the newest `keep`, and unsealed ones below the newest.
 
     Args:
         root: the run's checkpoint folder.
         keep: at least 1: the last whole checkpoint is never removed.
         protected: names to keep as well, such as the best one.
+        newest: step of the checkpoint that was just sealed; later ones neither count nor go.
 
     Returns:
         Names that were removed.
     """
-    folders = checkpoint_folders(root)
+    folders = [
+        folder for folder in checkpoint_folders(root) if newest is None or _step(folder) <= newest
+    ]
     sealed = [folder for folder in folders if isinstance(read_seal(folder), Checkpoint)]
     if not sealed:
         return []
-    newest = folders.index(sealed[0])
+    first = folders.index(sealed[0])
     stay = {folder.name for folder in sealed[: max(keep, 1)]} | set(protected)
-    leave = [folder for folder in folders[newest:] if folder.name not in stay]
+    leave = [folder for folder in folders[first:] if folder.name not in stay]
     return remove(leave)
 
 
@@ -183,15 +200,41 @@ def remove_unsealed(root: Path) -> list[str]:
     return remove(folder for folder in checkpoint_folders(root) if not (folder / SEAL).is_file())
 
 
+def set_aside(root: Path, skipped: Iterable[Skipped]) -> None:
+    """Move damaged checkpoints out of the way of those to come; nothing is deleted."""
+    for one in skipped:
+        folder = root / one.name
+        if (folder / SEAL).is_file():
+            move_aside(folder)
+
+
+def move_aside(folder: Path) -> Path:
+    """Move a checkpoint to `set-aside/` beside it, under a name that is free."""
+    aside = folder.parent / SET_ASIDE
+    aside.mkdir(exist_ok=True)
+    target, number = aside / folder.name, 1
+    while target.exists():
+        number += 1
+        target = aside / f"{folder.name}.{number}"
+    return folder.rename(target)
+
+
 def remove(folders: Iterable[Path]) -> list[str]:
     """Remove checkpoints, seal first: one that is half removed must not look whole."""
     removed = []
     for folder in folders:
         with contextlib.suppress(OSError):
+            if folder.is_symlink():
+                folder.unlink()
+                continue
             (folder / SEAL).unlink(missing_ok=True)
             shutil.rmtree(folder)
             removed.append(folder.name)
     return removed
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _size(path: Path) -> int | None:

@@ -5,6 +5,7 @@ It knows files, not meaning: what a state implies is decided by those who read i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -42,7 +43,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as stream:
         for line in stream:
             if line.endswith("\n"):
-                yield json.loads(line)
+                # A line that a kill cut off may have been followed by another.
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
 
 
 @dataclass(frozen=True)

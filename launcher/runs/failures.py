@@ -24,6 +24,8 @@ SECONDARY = re.compile(
 LOG_TAIL_LINES = 15
 # Innermost frames of a rank that waits for others.
 WAITING = re.compile(r"torch/(distributed|autograd)/|train/control\.py")
+# The first line of what faulthandler's timer writes.
+TIMER = re.compile(r"Timeout \([\d:.]+\)!\n")
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 # One entry of torch elastic's ChildFailedError: its root cause comes first.
 KILLED = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
@@ -42,7 +44,7 @@ class Pattern:
 
 PATTERNS = (
     Pattern(
-        r"step \d+ is unhealthy",
+        r"step( \d+)? is unhealthy",
         "the loss or the gradients went wrong there; the checkpoints before it are good",
         "look at those rows, or lower training.learning_rate; to go on past it: "
         "--set health.policy=skip",
@@ -55,7 +57,7 @@ PATTERNS = (
         "torch.cuda.OutOfMemoryError",
     ),
     Pattern(
-        r"No space left on device",
+        r"No space left on device|unexpected pos|file write failed",
         "the disk is full",
         "free space, or lower checkpoints.keep",
         "errno ENOSPC",
@@ -161,9 +163,10 @@ def find_failure(run: RunDirectory, attempt: int, detail: str) -> Failure:
     if not records:
         return _from_logs(run, attempt, detail)
     own = [r for r in records if not SECONDARY.search(r["message"])]
-    if not own and (killed := _killed(run, attempt, _read(run.launcher_log(attempt)))):
-        others = tuple(r["rank"] for r in records if r["rank"] != killed.rank)
-        return replace(killed, secondary=others)
+    cause = None if own else _without_record(run, attempt)
+    if cause is not None:
+        others = tuple(r["rank"] for r in records if r["rank"] != cause.rank)
+        return replace(cause, secondary=others)
     own = own or records
     first = own[0]
     text = f"{first['type']}: {first['message']}".strip()
@@ -195,15 +198,19 @@ def _records(run: RunDirectory, attempt: int) -> list[dict[str, Any]]:
 
 
 def _from_logs(run: RunDirectory, attempt: int, detail: str) -> Failure:
-    """Where no rank could say why: the launcher's words on it, stacks, the logs' last words."""
-    launcher_log = _read(run.launcher_log(attempt))
+    """Where no rank could say why: stacks, the agent's words on it, the logs' last words."""
+    return _without_record(run, attempt) or _last_words(run, attempt, detail)
+
+
+def _without_record(run: RunDirectory, attempt: int) -> Failure | None:
+    """A cause that its rank could not write down itself."""
+    stuck = _stuck(run, attempt, _rank_logs(run, attempt))
+    return stuck or _killed(run, attempt, _read(run.launcher_log(attempt)))
+
+
+def _rank_logs(run: RunDirectory, attempt: int) -> dict[int | None, str]:
     paths = run.logs(attempt).glob("rank-*.log")
-    logs: dict[int | None, str] = {_rank_number(path): _read(path) for path in paths}
-    return (
-        _stuck(run, attempt, logs)
-        or _killed(run, attempt, launcher_log)
-        or _last_words(run, attempt, detail, {**logs, None: launcher_log})
-    )
+    return {_rank_number(path): _read(path) for path in paths}
 
 
 def _stuck(run: RunDirectory, attempt: int, logs: Mapping[int | None, str]) -> Failure | None:
@@ -226,8 +233,8 @@ def _stuck(run: RunDirectory, attempt: int, logs: Mapping[int | None, str]) -> F
 
 def _stuck_at(log: str) -> str | None:
     """The main thread's innermost frame in what faulthandler's timer wrote; it comes last."""
-    _, timer, stacks = log.rpartition("\nTimeout (")
-    frames = FRAME.findall(stacks.rpartition("(most recent call first)")[2]) if timer else []
+    *_, stacks = [None, *TIMER.split(log)[1:]]
+    frames = FRAME.findall(stacks.rpartition("(most recent call first)")[2]) if stacks else []
     return " line ".join(frames[0]) if frames else None
 
 
@@ -249,9 +256,8 @@ def _killed(run: RunDirectory, attempt: int, launcher_log: str) -> Failure | Non
     )
 
 
-def _last_words(
-    run: RunDirectory, attempt: int, detail: str, logs: Mapping[int | None, str]
-) -> Failure:
+def _last_words(run: RunDirectory, attempt: int, detail: str) -> Failure:
+    logs = {**_rank_logs(run, attempt), None: _read(run.launcher_log(attempt))}
     pattern, source = None, None
     for rank, text in logs.items():
         pattern = match("\n".join(text.splitlines()[-LOG_TAIL_LINES:]))

@@ -7,6 +7,7 @@ import re
 UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 WORDS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
+MOST_SECONDS = 10 * 365 * 86_400
 EXAMPLES = "90s, 30m, 12h, 1h30m, 1d or 12:00:00"
 
 
@@ -28,6 +29,8 @@ def seconds(text: str | int) -> int:
         total = sum(unit * int(number or 0) for unit, number in parts)
     else:
         raise ValueError(f"{written!r} is no duration; write {EXAMPLES}")
+    if total > MOST_SECONDS:
+        raise ValueError(f"{written!r} is more than ten years")
     if total <= 0:
         raise ValueError(f"{written!r} is no time at all; write {EXAMPLES}")
     return total

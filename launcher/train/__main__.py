@@ -19,12 +19,12 @@ from launcher.errors import ExitCode
 from launcher.plan.types import Plan, plan_from_json
 from launcher.runs.directory import RunDirectory, write_atomic
 from launcher.train.control import StoppedBeforeTraining, StopRequest
+from launcher.train.health import UnhealthyStepError
 from launcher.train.packages import leave_out_unused
 from launcher.train.process import die_with_parent, finish, rank_of
 
 ATTEMPT_VARIABLE = "SFTLAUNCH_ATTEMPT"
 RESTART_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
-UNHEALTHY = "UnhealthyStepError"
 USAGE_EXIT = 2
 INTERRUPTED_EXIT = 130
 
@@ -56,6 +56,8 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
     attempt = attempt_of(run)
     open_rank_log(run, attempt)
     die_with_parent()
+    if rank_of() == 0:
+        run.update_status(attempt=attempt)
     try:
         plan = read_plan(run)
         stop = StopRequest(plan.worker.limits["stop_after_seconds"])
@@ -66,8 +68,6 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
         leave_out_unused([plan])
         from launcher.train.session import train
 
-        if rank_of() == 0:
-            run.update_status(attempt=attempt)
         train(plan, run, stop)
     except StoppedBeforeTraining as request:
         # An agent stops the others like this, too, where one rank has failed.
@@ -93,14 +93,14 @@ def refuse_to_repeat(run: RunDirectory, attempt: int) -> None:
     """A step that was unhealthy would be so again: do not spend restarts on it.
 
     Raises:
-        RuntimeError: with the earlier attempt's own words.
+        UnhealthyStepError: with the earlier attempt's own words.
     """
     if not int(os.environ.get(RESTART_VARIABLE, "0")):
         return
     for path in run.logs(attempt - 1).glob("rank-*.error.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["type"] == UNHEALTHY:
-            raise RuntimeError(record["message"])
+        if record["type"] == UnhealthyStepError.__name__:
+            raise UnhealthyStepError(record["message"])
 
 
 def read_plan(run: RunDirectory) -> Plan:

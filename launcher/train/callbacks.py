@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from launcher.runs.directory import RunDirectory, append_line
 from launcher.train.control import Heartbeat, Ranks, StopRequest
 
 STATUS_INTERVAL_SECONDS = 0.5
-COLLECTIVE_MARGIN_SECONDS = 60.0
 METRIC_NAMES = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
 
@@ -42,7 +42,9 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         now = time.monotonic()
         if state.is_world_process_zero and now - self.last_status > STATUS_INTERVAL_SECONDS:
             self.last_status = now
-            self.run.update_status(step=state.global_step)
+            # A full disk is the next checkpoint's to report, not a healthy step's.
+            with contextlib.suppress(OSError):
+                self.run.update_status(step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Name the newest checkpoint."""
@@ -71,7 +73,8 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         }
         if "loss" in logs:
             record |= self._speed(args, state, logs.get("num_tokens", 0.0))
-        append_line(self.run.metrics, record)
+        with contextlib.suppress(OSError):
+            append_line(self.run.metrics, record)
 
     def _speed(self, args: Any, state: Any, tokens: float) -> dict[str, Any]:
         import torch
@@ -130,6 +133,12 @@ class AgreementCallback(TrainerCallback):  # type: ignore[misc]
         """From here on a stop is a flag that is looked at once a step."""
         self.stop.training = True
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the order its epoch: no wrapper of the loader passes it on in every case."""
+        order = self.trainer.order
+        if order is not None:
+            order.epoch = state.global_step // order.steps
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All ranks are here with all their micro batches."""
         self.trainer.agree_on_step()
@@ -141,18 +150,26 @@ class AgreementCallback(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = False
 
 
+class EarlyStopSaveCallback(TrainerCallback):  # type: ignore[misc]
+    """A checkpoint where early stopping ends the training; comes after that callback."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the evaluation has decided."""
+        if control.should_training_stop:
+            control.should_save = True
+
+
 class HeartbeatCallback(TrainerCallback):  # type: ignore[misc]
     """Progress, for the timer that ends stuck ranks; and a limit on every collective."""
 
-    def __init__(self, ranks: Ranks, heartbeat: Heartbeat, save_seconds: float) -> None:
-        self.ranks, self.heartbeat, self.save_seconds = ranks, heartbeat, save_seconds
+    def __init__(self, ranks: Ranks, heartbeat: Heartbeat, collective_seconds: float) -> None:
+        self.ranks, self.heartbeat = ranks, heartbeat
+        self.collective_seconds = collective_seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Data and model are there: what takes long from now on is stuck."""
-        # The stacks come first, the collectives' own errors after them; a save may take long.
-        limit = max(self.heartbeat.limit_seconds, self.save_seconds)
-        self.ranks.limit_collectives(limit + COLLECTIVE_MARGIN_SECONDS)
-        self.heartbeat.beat()
+        self.ranks.limit_collectives(self.collective_seconds)
+        self.heartbeat.start()
 
     def _beat(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.heartbeat.beat()

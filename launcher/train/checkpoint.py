@@ -23,6 +23,7 @@ import torch
 from launcher import __version__
 from launcher.plan.types import Plan
 from launcher.runs.checkpoints import (
+    SEAL,
     Checkpoint,
     Skipped,
     describe,
@@ -33,6 +34,7 @@ from launcher.runs.checkpoints import (
     remove_unsealed,
     rotate,
     seal,
+    set_aside,
     whole,
 )
 from launcher.runs.directory import RunDirectory
@@ -66,6 +68,7 @@ class CheckpointStore:
             found, skipped = newest_whole(self.run.checkpoints)
             describe(skipped, say)
             remove_unsealed(self.run.checkpoints)
+            set_aside(self.run.checkpoints, skipped)
             source = self.plan.worker.resume_from
             if found is None and source is not None:
                 other = whole(Path(source))
@@ -86,18 +89,31 @@ class CheckpointStore:
         try:
             self._write(trainer, folder)
             checkpoint = self._seal(trainer, folder, started)
-        except OSError:
-            # A full disk: what was written is of no use, and its space is.
-            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            # A full disk (each writer has an error of its own for it): what was written is of
+            # no use, and its space is. A sealed one stays: only its peers' word was missing.
+            if not (folder / SEAL).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         if self.ranks.rank == 0:
             best = trainer.state.best_global_step
             protected = {folder_name(best)} if best else set()
-            rotate(self.run.checkpoints, self.plan.worker.checkpoints["keep"], protected)
+            keep = self.plan.worker.checkpoints["keep"]
+            rotate(self.run.checkpoints, keep, protected, trainer.state.global_step)
         return checkpoint
 
     def load(self, trainer: Any, checkpoint: Checkpoint) -> None:
-        """Put parameters, optimizer and schedule back; the trainer does step and position."""
+        """Put parameters, optimizer and schedule back; the trainer does step and position.
+
+        Raises:
+            RuntimeError: where the data is not what the checkpoint's position counts in.
+        """
+        rows = checkpoint.record["rows"]
+        if trainer.order is not None and rows not in (None, trainer.order.rows):
+            raise RuntimeError(
+                f"the dataset has {trainer.order.rows:,} rows, {checkpoint.path.name} was made "
+                f"with {rows:,}: rows would be seen twice or skipped"
+            )
         load_tensors(trainer, checkpoint.path / STATE)
         progress = torch.load(checkpoint.path / PROGRESS, map_location="cpu", weights_only=True)
         _load_scheduler(trainer, progress["scheduler"])
@@ -108,6 +124,7 @@ class CheckpointStore:
         for callback in trainer.callback_handler.callbacks:
             if hasattr(callback, "early_stopping_patience_counter"):
                 callback.early_stopping_patience_counter = progress["patience"]
+                trainer.nothing_left = progress["patience"] >= callback.early_stopping_patience
         self.health.load_state(progress["health"])
 
     def load_random(self, checkpoint: Checkpoint) -> None:

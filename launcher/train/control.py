@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.train.process import STARTED
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # torchrun forwards the terminal's own Ctrl-C within milliseconds; a person's second one
 # comes later.
@@ -38,7 +40,9 @@ class StopRequest:
         self.training = False
         self._first_interrupt: float | None = None
         self._stop_after = stop_after_seconds
-        self._deadline = None if stop_after_seconds is None else time.time() + stop_after_seconds
+        # From the launch on, not from this process's start: imports and restarts count.
+        started = float(os.environ.get(STARTED) or time.time())
+        self._deadline = None if stop_after_seconds is None else started + stop_after_seconds
         self._siblings: dict[int, int] = {}
         self._wakeup: socket.socket | None = None
         self._armed = False
@@ -85,6 +89,7 @@ class StopRequest:
         if self.reason is None:
             self.reason = signal.Signals(number).name
         if not self.training and self._armed:
+            self._armed = False  # once: the next signal must not break into the clean-up
             raise StoppedBeforeTraining(self.reason)
 
     def _watch(self, receiving: socket.socket) -> None:
@@ -207,12 +212,21 @@ class Heartbeat:
 
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds = limit_seconds
+        self.armed = False
+
+    def start(self) -> None:
+        """From now on progress is expected."""
+        self.armed = True
+        self.beat()
 
     def beat(self, at_least_seconds: float = 0.0) -> None:
         """Progress was made; the next is due within the limit, or within so many seconds."""
+        if not self.armed:
+            return
         limit = max(self.limit_seconds, at_least_seconds)
         faulthandler.dump_traceback_later(limit, exit=True)
 
     def stop(self) -> None:
         """Nothing is waited for any more."""
+        self.armed = False
         faulthandler.cancel_dump_traceback_later()

@@ -41,6 +41,7 @@ def answers(
     found: list[tuple[str, bool]] = []
     with _model_for_generation(trainer) as (model, synced):
         for start in range(0, share, GENERATION_BATCH):
+            trainer.heartbeat.beat()
             batch = mine[start : start + GENERATION_BATCH]
             found += _generate(model, tokenizer, batch, max_new_tokens, synced)
     gathered = gather_object(found) if world > 1 else found

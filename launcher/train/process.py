@@ -10,6 +10,8 @@ import signal
 import sys
 from typing import NoReturn
 
+# When the launcher started this attempt, in seconds since the epoch.
+STARTED = "SFTLAUNCH_STARTED"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

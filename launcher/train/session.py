@@ -13,12 +13,13 @@ from launcher.runs.checkpoints import Checkpoint
 from launcher.runs.directory import RunDirectory, append_line
 from launcher.train.callbacks import (
     AgreementCallback,
+    EarlyStopSaveCallback,
     HeartbeatCallback,
     RecordCallback,
     SamplesCallback,
 )
 from launcher.train.checkpoint import CheckpointStore
-from launcher.train.control import Ranks, StopRequest
+from launcher.train.control import Heartbeat, Ranks, StopRequest
 from launcher.train.data import load_rows, split_answer
 from launcher.train.generate import answers
 from launcher.train.health import Health
@@ -34,6 +35,8 @@ from launcher.train.process import rank_of
 from launcher.train.save import save_final
 from launcher.train.state import check_world, configure_state
 from launcher.train.trainer import CheckedTrainer
+
+MARGIN_SECONDS = 60.0
 
 
 def train(plan: Plan, run: RunDirectory, stop: StopRequest) -> None:
@@ -77,7 +80,8 @@ def prepare(plan: Plan, run: RunDirectory, stop: StopRequest) -> tuple[Any, Exam
         ranks,
         store,
         row_numbers(rows, trainer.train_dataset),
-        lambda engine: _stage(run, "training", engine=engine),
+        Heartbeat(time_limits(plan)[0]),
+        lambda engine: _stage(run, "loading the checkpoint", engine=engine),
     )
     examiner = Examiner(plan, run, trainer, tokenizer, held_out)
     for callback in callbacks(plan, run, trainer, stop, examiner):
@@ -107,13 +111,27 @@ def callbacks(
     found: list[Any] = [
         RecordCallback(run, trainer),
         AgreementCallback(trainer, stop),
-        HeartbeatCallback(
-            trainer.ranks, trainer.heartbeat, worker.limits["shutdown_timeout_seconds"]
-        ),
+        HeartbeatCallback(trainer.ranks, trainer.heartbeat, time_limits(plan)[1]),
         SamplesCallback(worker.samples["every_steps"], examiner.examine),
     ]
     patience = worker.evaluation["early_stopping_patience"]
-    return [*found, EarlyStoppingCallback(patience)] if patience is not None else found
+    if patience is not None:
+        found += [EarlyStoppingCallback(patience), EarlyStopSaveCallback()]
+    return found
+
+
+def time_limits(plan: Plan) -> tuple[float, float]:
+    """Seconds without progress before a rank ends, and before a collective fails.
+
+    On GPUs the collective comes first, for its watchdog writes the flight recorder; on CPU
+    the rank, whose stacks say more than gloo's error. A save may take longer than a step.
+    """
+    limits = plan.worker.limits
+    stuck = float(limits["stuck_after_seconds"])
+    save = max(stuck, float(limits["shutdown_timeout_seconds"]))
+    if plan.topology.device == "cuda":
+        return stuck + MARGIN_SECONDS, save
+    return stuck, save + MARGIN_SECONDS
 
 
 def row_numbers(rows: Any, prepared: Any) -> list[int] | None:
@@ -127,7 +145,10 @@ def row_numbers(rows: Any, prepared: Any) -> list[int] | None:
 def _resume(run: RunDirectory, trainer: Any, checkpoint: Checkpoint | None) -> None:
     """Tell the trainer and the records where the run goes on."""
     trainer.resumed = checkpoint
-    if checkpoint is None or rank_of() != 0:
+    if rank_of() != 0:
+        return
+    if checkpoint is None:
+        run.forget_after(-1)  # what an attempt without a checkpoint has left
         return
     _say(run, f"goes on from {checkpoint.path.name}")
     run.forget_after(checkpoint.step)

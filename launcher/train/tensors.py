@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+from launcher.train.health import UnhealthyStepError
 from launcher.train.state import wrapped_type
 
 # What engines and wrappers put into parameter names.
@@ -39,12 +40,26 @@ def save_tensors(trainer: Any, folder: Path, group: Any) -> None:
     """
     gather = GATHERED.get(wrapped_type(trainer.model_wrapped))
     tensors = gather(trainer) if gather else dict(_live_tensors(trainer))
+    _refuse_not_finite(tensors, group)
     dcp.save(
         tensors,
         storage_writer=dcp.FileSystemWriter(folder),
         process_group=group,
         no_dist=group is None,
     )
+
+
+def _refuse_not_finite(tensors: Mapping[str, Any], group: Any) -> None:
+    """Weights that are not finite must not become a checkpoint; all ranks agree on it."""
+    bad = torch.zeros(())
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if name.startswith("model.") and not bool(torch.isfinite(local).all()):
+            bad += 1
+    if group is not None:
+        dist.all_reduce(bad, group=group)
+    if bad:
+        raise UnhealthyStepError("this step is unhealthy: weights are not finite after it")
 
 
 def load_tensors(trainer: Any, folder: Path) -> None:
@@ -60,7 +75,7 @@ def load_tensors(trainer: Any, folder: Path) -> None:
         load(trainer, folder)
         return
     initialise(inner_optimizer(trainer))
-    tensors = dict(_live_tensors(trainer))
+    tensors = _without_unsaved(dict(_live_tensors(trainer)), folder)
     _check_same(tensors, folder)
     _read(tensors, folder)
     _put_back_numbers(trainer, tensors)
@@ -131,8 +146,24 @@ def _put_back_numbers(trainer: Any, tensors: Mapping[str, Any]) -> None:
     state = inner_optimizer(trainer).state
     for name, parameter in trainable(trainer):
         for key, value in state.get(parameter, {}).items():
-            if not torch.is_tensor(value):
+            if not torch.is_tensor(value) and f"optimizer.{name}.{key}" in tensors:
                 state[parameter][key] = type(value)(tensors[f"optimizer.{name}.{key}"].item())
+
+
+def _without_unsaved(tensors: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Leave out the optimizer state of parameters that had none when the checkpoint was made.
+
+    A parameter that has never had a gradient has no state; it starts with an empty one.
+    """
+    saved = saved_shapes(folder)
+    with_state = {name.rpartition(".")[0] for name in saved if name.startswith("optimizer.")}
+    kept = {}
+    for name, tensor in tensors.items():
+        if not name.startswith("optimizer.") or name.rpartition(".")[0] in with_state:
+            kept[name] = tensor
+        elif name.endswith(".step"):
+            tensor.zero_()
+    return kept
 
 
 def _check_same(tensors: Mapping[str, Any], folder: Path) -> None:
@@ -324,7 +355,10 @@ def _fsdp1_optimizer(trainer: Any) -> dict[str, Any]:
 def _whole_parameters(trainer: Any, *, writeback: bool) -> Any:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=writeback)
+    # On GPU the whole model waits in host memory, where there is room for it.
+    return FullyShardedDataParallel.summon_full_params(
+        trainer.model_wrapped, writeback=writeback, offload_to_cpu=_on_gpu(trainer)
+    )
 
 
 def _whole_optimizer(trainer: Any) -> Any:
@@ -338,9 +372,13 @@ def _whole_optimizer(trainer: Any) -> Any:
     return FullyShardedDataParallel.state_dict_type(
         trainer.model_wrapped,
         StateDictType.FULL_STATE_DICT,
-        FullStateDictConfig(offload_to_cpu=False, rank0_only=False),
-        FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=False),
+        FullStateDictConfig(offload_to_cpu=_on_gpu(trainer), rank0_only=False),
+        FullOptimStateDictConfig(offload_to_cpu=_on_gpu(trainer), rank0_only=False),
     )
+
+
+def _on_gpu(trainer: Any) -> bool:
+    return bool(trainer.accelerator.device.type != "cpu")
 
 
 # Engines whose own tensors are flat pieces: how they are made whole, and taken apart again.

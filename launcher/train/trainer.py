@@ -37,6 +37,8 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
     resumed: Checkpoint | None = None
     agreement: Agreement | None = None
     stopped = False
+    nothing_left = False
+    """Resumed where early stopping had ended the run already."""
 
     def prepare_run(
         self,
@@ -44,6 +46,7 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         ranks: Ranks,
         store: CheckpointStore,
         row_numbers: list[int] | None,
+        heartbeat: Heartbeat,
         on_engine: Callable[[str], None],
     ) -> None:
         """Hand over the run.
@@ -53,11 +56,12 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
             ranks: their side channel.
             store: the run's checkpoints.
             row_numbers: each prepared row's number in the dataset; None where unknown.
+            heartbeat: ends this rank where it makes no progress.
             on_engine: told the engine around the model, once it is there.
         """
         self.plan, self.ranks, self.store = plan, ranks, store
         self.health, self.row_numbers, self.on_engine = store.health, row_numbers, on_engine
-        self.heartbeat = Heartbeat(plan.worker.limits["stuck_after_seconds"])
+        self.heartbeat = heartbeat
         self._micro_losses: list[Any] = []
         self._grad_norm = 0.0
         self._rows_in_step = 0
@@ -81,7 +85,7 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
     ) -> Any:
         """This rank's micro batches of a step, the filling masked."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.nothing_left or self.state.global_step >= self.state.max_steps:
             # Resumed from the last step's checkpoint: nothing is left to train.
             self.control.should_training_stop = True
             return [], None
@@ -129,7 +133,8 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         losses, self._micro_losses, self._rows_in_step = self._micro_losses, [], 0
         total = float(torch.stack(losses).sum()) if losses else 0.0
         self.agreement = self.ranks.agree(total, self._grad_norm)
-        problem = self.health.problem(self.agreement)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        problem = self.health.problem(self.agreement, scaled=scaled)
         self._loss_spoilt = not self.agreement.finite
         if problem is not None and self.health.policy != "ignore":
             self._handle(problem, losses)
@@ -181,8 +186,8 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         """
         total = sum(self.ranks.gather(self._rows_in_step))
         planned = self.plan.batch.global_batch_size
-        # A packed row holds many sequences.
-        if self.args.packing or total == planned:
+        # A packed row holds many sequences, a padding-free batch is one long row.
+        if self.args.packing or self.args.padding_free or total == planned:
             return
         raise PlanRefused(
             "batch_equation",
