@@ -25,6 +25,7 @@ from launcher.cli.going_on import (
     say_where,
     with_measured_save,
 )
+from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued
 from launcher.cli.options import Request, load_request, make_request, plan_options
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.facts.probe import Facts, probe
@@ -32,6 +33,7 @@ from launcher.insight.find import find_run
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
 from launcher.render.files import run_files, with_files
+from launcher.render.slurm import SCRIPT, Origin
 from launcher.render.text import plan_lines
 from launcher.runs.directory import RunDirectory
 from launcher.spec.load import Override
@@ -48,6 +50,8 @@ class Decided:
     """The run directory as people name it."""
     recipe: str | None
     """The built-in recipe, where no spec was given."""
+    slurm: Origin | None = None
+    """Who makes the job script, where it goes to Slurm."""
 
 
 @click.command(context_settings={"max_content_width": 100})
@@ -118,13 +122,22 @@ def start(request: Request, dry_run: bool) -> int:
         )
     from launcher.launch.local import check_environment, check_space
 
-    check_environment(decided.plan, len(decided.facts.gpus))
+    if decided.slurm is not None:
+        from launcher.launch.slurm import check
+
+        check(decided.plan, decided.planned.spec.slurm)
+    else:
+        check_environment(decided.plan, len(decided.facts.gpus))
     check_space(decided.plan, run_directory)
     decided = _with_source(decided, request, run_directory, goes_on)
+    before = run_directory.snapshot()
     claim_output(decided, run_directory, goes_on=goes_on)
     show(decided, request, to_stderr=request.json)
     if goes_on:
         say_where(run_directory, decided.output, to_stderr=request.json)
+    if decided.slurm is not None:
+        slurm = decided.planned.spec.slurm
+        return queue_and_follow(run_directory, slurm, decided.output, before, request)
     from launcher.cli.follow import follow
 
     return follow(
@@ -139,6 +152,7 @@ def _go_on(decided: Decided, request: Request, run: RunDirectory) -> Decided:
         SpecError: where the folder holds another run.
     """
     refuse_running(run)
+    refuse_queued(run)
     if "batch.global_batch_size" in decided.plan.defaults:
         decided = decide(keep_global_batch(request, run))
     refuse_other_run(run, decided.planned.spec, decided.output)
@@ -164,7 +178,7 @@ def _with_source(decided: Decided, request: Request, run: RunDirectory, goes_on:
 
 def _rendered(decided: Decided, planned: Planned) -> Decided:
     path = os.path.abspath(decided.output)  # noqa: PTH100 - keeps links
-    plan = with_files(planned, path, decided.facts.cpu_count)
+    plan = with_files(planned, path, decided.facts.cpu_count, decided.slurm)
     return dataclasses.replace(decided, planned=planned, plan=plan)
 
 
@@ -181,8 +195,10 @@ def decide(request: Request) -> Decided:
     output = planned.spec.output or "runs/run"
     if recipe and not request.output_said:
         output = free_name(output)
-    full = with_files(planned, os.path.abspath(output), facts.cpu_count)  # noqa: PTH100 - keeps links
-    return Decided(planned, full, facts, output, recipe)
+    path = os.path.abspath(output)  # noqa: PTH100 - keeps links
+    slurm = origin() if request.target == "slurm" else None
+    full = with_files(planned, path, facts.cpu_count, slurm)
+    return Decided(planned, full, facts, output, recipe, slurm)
 
 
 def show(decided: Decided, request: Request, *, to_stderr: bool = False) -> None:
@@ -207,6 +223,8 @@ def show(decided: Decided, request: Request, *, to_stderr: bool = False) -> None
     for line in lines:
         styled = click.style(line, fg="yellow") if line.startswith("warning") else line
         click.echo(styled, err=to_stderr)
+    if SCRIPT in decided.plan.files and not to_stderr:
+        click.echo(f"\n{SCRIPT}\n{decided.plan.files[SCRIPT]}", nl=False)
 
 
 def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool) -> None:
@@ -248,7 +266,7 @@ def _refuse_taken(run_directory: RunDirectory, output: str) -> None:
 
 def _refuse_unready(request: Request) -> None:
     """What the interface promises and this version does not do yet."""
-    if request.target != "local":
+    if request.target == "docker":
         raise EnvironmentNotReady(
             "target",
             f"--on {request.target} is not in this version",

@@ -141,7 +141,8 @@ def directives(plan: Plan, slurm: SlurmSpec, run_directory: str) -> str:
         "time": clock(seconds(slurm.time_limit)) if slurm.time_limit else None,
         ("requeue" if may_requeue(slurm) else "no-requeue"): True,
     }
-    return "\n".join(_directive(name, options[name]) for name in sorted(options) if _is_said(options[name]))
+    said = sorted(name for name, value in options.items() if _is_said(value))
+    return "\n".join(_directive(name, options[name]) for name in said)
 
 
 def _is_said(value: object) -> bool:
