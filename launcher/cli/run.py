@@ -65,7 +65,7 @@ def plan(**arguments: Any) -> int:
     """
     request = make_request(arguments)
     decided = decide(request)
-    show(decided, request)
+    show(decided, request, script=True)
     return ExitCode.DONE
 
 
@@ -111,7 +111,7 @@ def start(request: Request, dry_run: bool) -> int:
     if goes_on:
         decided = _go_on(decided, request, run_directory)
     if dry_run:
-        show(decided, request)
+        show(decided, request, script=True)
         return ExitCode.DONE
     if goes_on and run_directory.read_status().get("state") == "completed":
         say_complete(run_directory, decided.output)
@@ -201,8 +201,10 @@ def decide(request: Request) -> Decided:
     return Decided(planned, full, facts, output, recipe, slurm)
 
 
-def show(decided: Decided, request: Request, *, to_stderr: bool = False) -> None:
-    """The plan, as JSON or as text."""
+def show(
+    decided: Decided, request: Request, *, to_stderr: bool = False, script: bool = False
+) -> None:
+    """The plan, as JSON or as text, with a job's whole script where it is asked for."""
     if request.json and not to_stderr:
         click.echo(json.dumps(decided.plan.as_json(), indent=1))
         return
@@ -223,8 +225,8 @@ def show(decided: Decided, request: Request, *, to_stderr: bool = False) -> None
     for line in lines:
         styled = click.style(line, fg="yellow") if line.startswith("warning") else line
         click.echo(styled, err=to_stderr)
-    if SCRIPT in decided.plan.files and not to_stderr:
-        click.echo(f"\n{SCRIPT}\n{decided.plan.files[SCRIPT]}", nl=False)
+    if script and SCRIPT in decided.plan.files:
+        click.echo(f"\n{decided.plan.files[SCRIPT]}", nl=False)
 
 
 def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool) -> None:

@@ -232,9 +232,10 @@ def submit(run: RunDirectory, chain: int) -> list[int]:
 
 
 def _queue(run: RunDirectory, earlier: Sequence[int]) -> int:
-    after = [f"--dependency=afternotok:{earlier[-1]}", "--kill-on-invalid-dep=yes"]
     # Held until the record holds its number: a job may start before sbatch has returned.
-    options = after if earlier else ["--hold"]
+    options = ["--hold"]
+    if earlier:
+        options = [f"--dependency=afternotok:{earlier[-1]}", "--kill-on-invalid-dep=yes"]
     done = ask(["sbatch", "--parsable", *options, SCRIPT], SUBMIT_SECONDS, folder=run.path)
     if done.returncode:
         raise _not_queued(done.stderr)

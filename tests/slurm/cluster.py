@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ READY_SECONDS = 20.0
 STOP_SECONDS = 5.0
 POLL_SECONDS = 0.1
 GPUS, CPUS, MEMORY_MB = 8, 8, 16_000
+GPU_MAJOR = 195  # NVIDIA's; nothing opens these
 PARTITIONS = """\
 PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 State=UP PriorityTier=10 \
 PreemptMode=REQUEUE GraceTime=0
@@ -126,7 +128,9 @@ class Cluster:
         """End all jobs, then exactly the daemons that were started here."""
         with contextlib.suppress(subprocess.SubprocessError):
             jobs = command("squeue", "--noheader", "--format=%A").split()
-            subprocess.run(["scancel", "--signal=KILL", "--full", *jobs], timeout=10, check=False)
+            if jobs:
+                kill = ["scancel", "--signal=KILL", "--full", *jobs]
+                subprocess.run(kill, timeout=10, check=False)
             deadline = time.monotonic() + STOP_SECONDS
             while time.monotonic() < deadline and command("squeue", "--noheader"):
                 time.sleep(POLL_SECONDS)
@@ -178,7 +182,12 @@ class Cluster:
             partitions=PARTITIONS,
         )
         (self.folder / "slurm.conf").write_text(text, encoding="utf-8")
-        gres = f"NodeName=n[1-{self.nodes}] Name=gpu Count={GPUS}\n"
+        # GPUs must be device nodes, or Slurm counts none of them.
+        for number in range(GPUS):
+            device = os.makedev(GPU_MAJOR, number)
+            os.mknod(self.folder / f"gpu{number}", 0o600 | stat.S_IFCHR, device)
+        files = f"{self.folder}/gpu[0-{GPUS - 1}]"
+        gres = f"NodeName=n[1-{self.nodes}] Name=gpu File={files}\n"
         (self.folder / "gres.conf").write_text(gres, encoding="utf-8")
         (self.folder / "plugstack.conf").touch(mode=0o644)
 
@@ -222,8 +231,9 @@ def free_ports(number: int) -> list[int]:
 
 
 def _runs(pid: int) -> bool:
+    """Whether a process lives; one that ended and that nobody waited for does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        stat_line = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
         return False
-    return True
+    return stat_line.rpartition(")")[2].split()[0] != "Z"
