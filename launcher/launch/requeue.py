@@ -11,6 +11,8 @@ from enum import Enum
 
 # Attempts in a row that may end where they began.
 IDLE_ATTEMPTS = 2
+# Where the number of restarts stands in a signal's line.
+RESTARTS = 2
 
 
 class End(str, Enum):
@@ -82,35 +84,48 @@ FINAL = {
 }
 
 
-def tell_end(
-    *,
-    state: str | None,
-    stage: str,
-    signals: Sequence[str],
-    cancelled: bool,
-    unhealthy: bool,
-) -> End:
+@dataclass(frozen=True)
+class Traces:
+    """What an attempt has left behind."""
+
+    state: str | None
+    """What the ranks recorded: completed, preempted, ..."""
+    stage: str
+    """Their last words on what they did."""
+    signals: Sequence[str]
+    """What the batch script was sent: signal, job state and restarts at that moment."""
+    log: str
+    """What Slurm itself said, in the attempt's launcher.log."""
+    restart: int
+    """Restarts of the job when the attempt began."""
+    cancelled: bool
+    """Whether the launcher's own cancel asked for the end."""
+    unhealthy: bool
+    """Whether a rank recorded an unhealthy step."""
+
+
+def tell_end(traces: Traces) -> End:
     """How an attempt ended.
 
-    Args:
-        state: what the ranks recorded (`completed`, `preempted`, ...).
-        stage: their last words on what they did.
-        signals: what the batch script was sent, each with the job's state then.
-        cancelled: whether the user asked for the end.
-        unhealthy: whether a rank recorded an unhealthy step.
+    A job that Slurm ends is COMPLETING whatever the reason; but preempted, or with a dead
+    node, it was queued again at that same moment and counts one restart more (Slurm 22.05).
     """
-    words = " ".join(signals)
+    terms = [signal.split() for signal in traces.signals if signal.startswith("TERM")]
+    warned = any(signal.startswith("USR1") for signal in traces.signals)
+    queued_again = any(int(term[2]) > traces.restart for term in terms if len(term) > RESTARTS)
+    in_grace = any("RUNNING" in term for term in terms)
     table = (
-        (state == "completed", End.COMPLETED),
-        (cancelled or "CANCELLED" in words, End.CANCELLED),
-        ("NODE_FAIL" in words, End.NODE_FAILURE),
-        ("PREEMPTED" in words, End.PREEMPTED),
-        ("USR1" in words or "TIMEOUT" in words, End.TIMEOUT),
-        ("TERM" in words, End.PREEMPTED),
-        (unhealthy, End.UNHEALTHY),
-        (state == "preempted" and "--stop-after" in stage, End.STOPPED),
+        (traces.state == "completed", End.COMPLETED),
+        (traces.cancelled, End.CANCELLED),
+        ("DUE TO NODE FAILURE" in traces.log, End.NODE_FAILURE),
+        (queued_again or in_grace or "DUE TO PREEMPTION" in traces.log, End.PREEMPTED),
+        ("DUE TO TIME LIMIT" in traces.log, End.TIMEOUT),
+        (bool(terms), End.CANCELLED),
+        (warned, End.TIMEOUT),
+        (traces.unhealthy, End.UNHEALTHY),
+        (traces.state == "preempted" and "--stop-after" in traces.stage, End.STOPPED),
         # A stop that reached the ranks alone, past the batch script.
-        (state == "preempted", End.PREEMPTED),
+        (traces.state == "preempted", End.PREEMPTED),
     )
     return next((end for holds, end in table if holds), End.CRASH)
 

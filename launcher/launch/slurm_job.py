@@ -23,6 +23,7 @@ from launcher.launch.requeue import (
     Decision,
     End,
     Rules,
+    Traces,
     decide,
     may_begin,
     tell_end,
@@ -72,7 +73,9 @@ def end(run: RunDirectory, job: Mapping[str, str], code: str) -> str:
     last = attempts[-1]
     # torchrun's own restarts count on from the attempt that the job began.
     number = max(last.number, int(record.get("attempt") or 0))
-    attempts[-1] = dataclasses.replace(last, to_step=_step(run), end=_end(run, record, number))
+    attempts[-1] = dataclasses.replace(
+        last, to_step=_step(run), end=tell_end(_traces(run, record, last, number))
+    )
     rules = read_rules(run, record, _number(job))
     decision = decide(of_submission(attempts, record), rules)
     if attempts[-1].end in (End.CRASH, End.UNHEALTHY):
@@ -129,25 +132,27 @@ def _closed(run: RunDirectory, attempt: Attempt) -> Attempt:
     """An earlier attempt whose end nobody wrote down: the job was killed, or its node died."""
     if attempt.end is not None:
         return attempt
-    signals = _signals(run, attempt.number)
-    found = tell_end(state=None, stage="", signals=signals, cancelled=False, unhealthy=False)
-    found = found if signals else End.NODE_FAILURE
+    traces = _traces(run, {}, attempt, attempt.number)
+    silent = not traces.signals and "DUE TO" not in traces.log
+    found = End.NODE_FAILURE if silent else tell_end(traces)
     return dataclasses.replace(attempt, to_step=_step(run), end=found)
 
 
-def _end(run: RunDirectory, record: Mapping[str, Any], number: int) -> End:
-    return tell_end(
+def _traces(run: RunDirectory, record: Mapping[str, Any], attempt: Attempt, last: int) -> Traces:
+    """What an attempt has left; `last` is the number of its last restart by torchrun."""
+    return Traces(
         state=record.get("state"),
         stage=str(record.get("stage") or ""),
-        signals=_signals(run, read_attempts(record)[-1].number),
-        cancelled=run.cancelled.exists(),
-        unhealthy=_unhealthy(run, number),
+        signals=_read(run.signals(attempt.number)).splitlines(),
+        log=_read(run.launcher_log(attempt.number)),
+        restart=attempt.restart,
+        cancelled=bool(record) and run.cancelled.exists(),
+        unhealthy=_unhealthy(run, last),
     )
 
 
-def _signals(run: RunDirectory, number: int) -> list[str]:
-    path = run.signals(number)
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _unhealthy(run: RunDirectory, number: int) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
-from launcher.launch.requeue import Action, Attempt, End, Rules, decide, may_begin, tell_end
+from launcher.launch.requeue import Action, Attempt, End, Rules, Traces, decide, may_begin, tell_end
 
 REQUEUE = Rules(max_requeues=20, may_requeue=True, chained=False)
 OFF = Rules(max_requeues=20, may_requeue=False, chained=False)
@@ -80,15 +83,23 @@ def test_the_first_attempt_always_begins() -> None:
 @pytest.mark.parametrize(
     ("state", "signals", "extra", "end"),
     [
-        ("completed", ["USR1 RUNNING"], {}, End.COMPLETED),
-        ("preempted", ["USR1 RUNNING"], {}, End.TIMEOUT),
-        ("preempted", ["USR1 RUNNING"], {"cancelled": True}, End.CANCELLED),
-        ("preempted", ["TERM CANCELLED"], {}, End.CANCELLED),
-        ("preempted", ["TERM PREEMPTED"], {}, End.PREEMPTED),
-        ("running", ["TERM PREEMPTED", "TERM COMPLETING"], {}, End.PREEMPTED),
-        ("running", ["TERM NODE_FAIL"], {}, End.NODE_FAILURE),
-        ("running", ["TERM TIMEOUT"], {}, End.TIMEOUT),
-        ("preempted", ["TERM RUNNING"], {}, End.PREEMPTED),
+        ("completed", ["USR1 RUNNING 0"], {}, End.COMPLETED),
+        ("preempted", ["USR1 RUNNING 0"], {}, End.TIMEOUT),
+        ("preempted", ["USR1 RUNNING 0"], {"cancelled": True}, End.CANCELLED),
+        # As Slurm 22.05 answers: cancelled, preempted, preempted with a grace time.
+        ("preempted", ["TERM COMPLETING 0"], {}, End.CANCELLED),
+        ("preempted", ["TERM COMPLETING 1"], {}, End.PREEMPTED),
+        ("preempted", ["TERM COMPLETING 1"], {"restart": 1}, End.CANCELLED),
+        ("preempted", ["TERM RUNNING 0"], {}, End.PREEMPTED),
+        ("running", ["TERM COMPLETING 1"], {"log": "DUE TO NODE FAILURE"}, End.NODE_FAILURE),
+        ("running", ["USR1 RUNNING 0", "TERM COMPLETING 0"], {}, End.CANCELLED),
+        (
+            "running",
+            ["USR1 RUNNING 0", "TERM COMPLETING 0"],
+            {"log": "CANCELLED AT x DUE TO TIME LIMIT ***"},
+            End.TIMEOUT,
+        ),
+        ("preempted", ["TERM"], {}, End.CANCELLED),
         ("preempted", [], {}, End.PREEMPTED),
         ("preempted", [], {"stage": "stopped by --stop-after 60 s"}, End.STOPPED),
         ("running", [], {}, End.CRASH),
@@ -97,7 +108,7 @@ def test_the_first_attempt_always_begins() -> None:
     ],
 )
 def test_ends_are_told_apart(
-    state: str | None, signals: list[str], extra: dict[str, object], end: End
+    state: str | None, signals: list[str], extra: dict[str, Any], end: End
 ) -> None:
-    given = {"stage": "", "cancelled": False, "unhealthy": False, **extra}
-    assert tell_end(state=state, signals=signals, **given) is end  # type: ignore[arg-type]
+    blank = Traces(state, "", signals, "", 0, cancelled=False, unhealthy=False)
+    assert tell_end(dataclasses.replace(blank, **extra)) is end
