@@ -89,6 +89,7 @@ def job_script(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -> st
         SpecError: for what Slurm or a container runtime cannot be told safely.
     """
     _refuse_unsafe(spec.slurm)
+    _refuse_patterns(run_directory)
     topology, slurm = plan.topology, spec.slurm
     values = {
         "VERSION": __version__,
@@ -185,7 +186,6 @@ def _warning(plan: Plan, slurm: SlurmSpec) -> str | None:
 def _places(slurm: SlurmSpec, run_directory: str) -> dict[str, str | None]:
     return {
         "account": slurm.account,
-        # Output stands relative to it: sbatch expands % in file names, but not here.
         "chdir": run_directory,
         "constraint": slurm.constraint,
         "exclude": slurm.exclude,
@@ -328,6 +328,18 @@ def _refuse_unsafe(slurm: SlurmSpec) -> None:
                 fix=f"use {OWNED[name]}",
             )
     _refuse_times(slurm)
+
+
+def _refuse_patterns(run_directory: str) -> None:
+    """The job's log lies in the run directory, and Slurm takes its whole path for a pattern."""
+    if re.search(r"[%\\]", run_directory):
+        raise SpecError(
+            "bad_name",
+            f"the run directory {run_directory!r} holds a percent sign or a backslash",
+            why="Slurm reads them as patterns in file names, and would lose the job's log",
+            fix="use --output with another folder",
+            source="sbatch(1), filename pattern",
+        )
 
 
 def _refuse_times(slurm: SlurmSpec) -> None:

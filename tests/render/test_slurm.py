@@ -26,7 +26,7 @@ from tests.support import HOSTILE_NAMES, ROOT
 ORIGIN = Origin("sftlaunch run", "/opt/sft/bin/python", "/opt/sft/lib")
 TEMPLATE = asset("slurm", SCRIPT)
 GOLDEN = sorted(ROOT.glob("tests/golden/cases/*/expected/job.sbatch"))
-WITHIN = ("two words", "it's", 'say "hi"', "$(touch pwned)", "`id`", "back\\slash\\", "%j @RUN@ #")
+WITHIN = ("two words", "it's", 'say "hi"', "$(touch pwned)", "`id`", "a; id", "!x @RUN@ #")
 CONTROL = ("new\nline", "a\rb", "tab\there", "\x1b[31m", "", " ", "a\u2028b")
 CONTAINERS: tuple[dict[str, Any] | None, ...] = (
     None,
@@ -138,6 +138,12 @@ def test_what_slurm_cannot_be_told(slurm: dict[str, Any]) -> None:
 def test_a_mount_path_with_a_colon_is_refused() -> None:
     with pytest.raises(SpecError, match="cannot be mounted"):
         render({"container": {"runtime": "pyxis", "image": "i"}}, "/runs/a:b")
+
+
+@pytest.mark.parametrize("name", ["%j", "100%", "back\\slash"])
+def test_file_name_patterns_are_refused(name: str) -> None:
+    with pytest.raises(SpecError, match="percent sign or a backslash"):
+        render({}, f"/runs/{name}")
 
 
 def test_secrets_pass_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from tests.support import ROOT
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 Launch = Callable[..., Queued]
 TINY = str(ROOT / "recipes" / "tiny" / "sft.yaml")
-HOSTILE = """it's "x" $(touch pwned) `touch pwned` ; touch pwned \\ %j @RUN@ #"""
+HOSTILE = """it's "x" $(touch pwned) `touch pwned` ; touch pwned & !x @RUN@ #"""
+BACKSLASH = "\\"
 # Stand-ins for what no test machine has: they check their arguments, then run the command.
 APPTAINER = """\
 #!/usr/bin/env bash
@@ -56,13 +57,14 @@ def test_hostile_names_are_only_names(launch: Launch, tmp_path: Path) -> None:
     queued = launch(
         f"--set=slurm.account={_yaml(HOSTILE)}",
         f"--set=slurm.mail.user={_yaml(HOSTILE)}",
-        f"--set=slurm.directives.comment={_yaml(HOSTILE)}",
+        f"--set=slurm.directives.comment={_yaml(f'{HOSTILE} {BACKSLASH} %j')}",
         name=HOSTILE,
         steps=2,
     )
     shown = command("squeue", "--noheader", "--states=all", f"--jobs={queued.job}", "--format=%j")
     assert shown == HOSTILE
-    assert command("squeue", "--noheader", "--states=all", "--format=%k").splitlines()[0]
+    said = command("squeue", "--noheader", "--states=all", f"--jobs={queued.job}", "--format=%k")
+    assert said == f"{HOSTILE} \\ %j"
     queued.until_over("completed")
     assert not list(tmp_path.rglob("pwned"))
     assert [path.name for path in tmp_path.iterdir()] == [HOSTILE]
