@@ -149,6 +149,14 @@ class Cluster:
                     return
                 time.sleep(POLL_SECONDS)
 
+    def crash(self, name: str) -> None:
+        """A power cut of one node: its daemon, its steps and all they started end at once."""
+        tasks = _with_environment(f"SLURMD_NODENAME={name}")
+        steps = {step for task in tasks for step in _ancestors(task, "slurmstepd")}
+        for pid in (self.pids.pop(name), *steps, *tasks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def _start_munge(self) -> None:
         folder = self.folder / "munge"
         key = folder / "key"
@@ -237,3 +245,29 @@ def _runs(pid: int) -> bool:
     except OSError:
         return False
     return stat_line.rpartition(")")[2].split()[0] != "Z"
+
+
+def _with_environment(setting: str) -> list[int]:
+    """Processes that have a variable set to a value."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and setting.encode() in (entry / "environ").read_bytes().split(
+                b"\0"
+            ):
+                found.append(int(entry.name))
+    return found
+
+
+def _ancestors(pid: int, name: str) -> list[int]:
+    """A process's ancestors whose program has this name."""
+    found = []
+    while pid > 1:
+        try:
+            head, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+        except OSError:
+            break
+        if head.partition("(")[2] == name:
+            found.append(pid)
+        pid = int(rest.split()[1])
+    return found

@@ -65,7 +65,7 @@ class Queued:
     @property
     def ends(self) -> list[str]:
         """How its attempts ended."""
-        return [attempt["end"] for attempt in self.status["attempts"]]
+        return [attempt["end"] for attempt in self.status.get("attempts", [])]
 
     @property
     def losses(self) -> dict[int, float]:

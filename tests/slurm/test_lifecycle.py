@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import command
+from tests.slurm.cluster import Cluster, command
 from tests.slurm.conftest import Queued, sft
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
@@ -105,9 +104,22 @@ def test_a_killed_rank_is_named_and_the_job_tries_again(launch: Launch) -> None:
     assert queued.status["attempts"][1]["from_step"] >= 4
 
 
-def test_without_progress_it_is_not_queued_again(launch: Launch, tmp_path: Path) -> None:
-    """The model's folder goes away between planning and the ranks' start."""
-    queued = launch("--set=slurm.before=[exit_code=0, export HF_HOME=/nonexistent]", steps=400)
+def test_a_dead_node_is_told_from_a_preemption(launch: Launch, cluster: Cluster) -> None:
+    queued = launch("--set=checkpoints.every_steps=2", steps=12)
+    queued.until_step(5)
+    # The one that does not hold the batch script; where that dies, nothing can be written down.
+    batch = command("squeue", "--noheader", f"--jobs={queued.job}", "--format=%B")
+    (other,) = [name for name in cluster.names if name != batch]
+    cluster.crash(other)
+    queued.until("the next attempt in the queue", lambda: queued.ends[0] is not None)
+    cluster.start_node(other)
+    queued.until_over("completed")
+    assert queued.ends == ["node_failure", "completed"]
+    assert queued.status["attempts"][1]["from_step"] >= 4
+
+
+def test_without_progress_it_is_not_queued_again(launch: Launch) -> None:
+    queued = launch(steps=400)
     for number in (1, 2):
         queued.until(
             "ranks", lambda number=number: len(queued.ends) == number and len(queued.ranks()) == 2

@@ -105,9 +105,13 @@ def test_containers(
     ("flags", "code", "words"),
     [
         (("--set=slurm.partition=nowhere",), 2, ("'nowhere'", "main, urgent, short")),
-        (("--nodes=3", "--gpus=3"), 3, ("3 nodes", "main gives 2")),
+        (("--nodes=4", "--gpus=4"), 3, ("4 nodes", "main gives 2")),
         (("--set=slurm.time_limit=2d",), 3, ("2d", "1-00:00:00")),
-        (("--set=slurm.partition=short", "--set=slurm.time_limit=1h"), 3, ("00:10:00", "short")),
+        (
+            ("--nodes=1", "--set=slurm.partition=short", "--set=slurm.time_limit=1h"),
+            3,
+            ("00:10:00", "short"),
+        ),
         (("--set=slurm.partition=short",), 3, ("2 nodes", "short gives 1")),
         (("--set=slurm.reservation=never",), 3, ("would not take", "eservation")),
         (("--set=slurm.cpus_per_node=99",), 3, ("would not take",)),
