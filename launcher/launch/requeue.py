@@ -5,12 +5,17 @@ It knows records, not Slurm: what is asked of the cluster is `launcher.launch.sl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from launcher.runs.failures import KILLED
+
 # Attempts in a row that may end where they began.
 IDLE_ATTEMPTS = 2
+# What slurmstepd and srun say of it.
+NODE_FAILED = re.compile(r"DUE TO NODE FAILURE|srun: error: Node failure on")
 # Where the number of restarts stands in a signal's line.
 RESTARTS = 2
 
@@ -117,13 +122,15 @@ def tell_end(traces: Traces) -> End:
     table = (
         (traces.state == "completed", End.COMPLETED),
         (traces.cancelled, End.CANCELLED),
-        ("DUE TO NODE FAILURE" in traces.log, End.NODE_FAILURE),
+        (NODE_FAILED.search(traces.log) is not None, End.NODE_FAILURE),
         (queued_again or in_grace or "DUE TO PREEMPTION" in traces.log, End.PREEMPTED),
         ("DUE TO TIME LIMIT" in traces.log, End.TIMEOUT),
         (bool(terms), End.CANCELLED),
         (warned, End.TIMEOUT),
         (traces.unhealthy, End.UNHEALTHY),
         (traces.state == "preempted" and "--stop-after" in traces.stage, End.STOPPED),
+        # The others are told to stop, and do, where one was killed.
+        (KILLED.search(traces.log) is not None, End.CRASH),
         # A stop that reached the ranks alone, past the batch script.
         (traces.state == "preempted", End.PREEMPTED),
     )

@@ -154,8 +154,7 @@ def test_a_chain_goes_on_where_requeue_is_off(launch: Launch) -> None:
     first, second, third = queued.status["slurm"]["jobs"]
     queued.until_step(4)
     subprocess.run(["scancel", "-b", "-s", "USR1", str(first)], check=True)
-    queued.until("its end", lambda: queued.status["state"] == "completed")
-    assert queued.ends == ["timeout", "completed"]
+    queued.until("its end", lambda: queued.ends == ["timeout", "completed"])
     assert [attempt["job"] for attempt in queued.status["attempts"]] == [first, second]
     queued.until(
         "the end of the chain",

@@ -11,6 +11,7 @@ from launcher.launch.requeue import Action, Attempt, End, Rules, Traces, decide,
 
 REQUEUE = Rules(max_requeues=20, may_requeue=True, chained=False)
 OFF = Rules(max_requeues=20, may_requeue=False, chained=False)
+ROOT_CAUSE = "Root Cause (first observed failure):\n  rank  : 0\n  exitcode : -9 (pid: 1)"
 CHAIN = Rules(max_requeues=20, may_requeue=False, chained=True)
 
 
@@ -92,6 +93,9 @@ def test_the_first_attempt_always_begins() -> None:
         ("preempted", ["TERM COMPLETING 1"], {"restart": 1}, End.CANCELLED),
         ("preempted", ["TERM RUNNING 0"], {}, End.PREEMPTED),
         ("running", ["TERM COMPLETING 1"], {"log": "DUE TO NODE FAILURE"}, End.NODE_FAILURE),
+        ("running", [], {"log": "srun: error: Node failure on n2"}, End.NODE_FAILURE),
+        ("preempted", [], {"log": ROOT_CAUSE}, End.CRASH),
+        ("preempted", ["USR1 RUNNING 0"], {"log": ROOT_CAUSE}, End.TIMEOUT),
         ("running", ["USR1 RUNNING 0", "TERM COMPLETING 0"], {}, End.CANCELLED),
         (
             "running",
