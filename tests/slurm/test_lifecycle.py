@@ -166,3 +166,12 @@ def test_two_jobs_share_a_node(launch: Launch) -> None:
     both = [launch(name=name, nodes=1, steps=4) for name in ("one", "two")]
     for queued in both:
         queued.until_over("completed")
+
+
+def test_a_bare_scancel_is_no_preemption(launch: Launch) -> None:
+    queued = launch(steps=10_000)
+    queued.until_step(2)
+    subprocess.run(["scancel", str(queued.job)], check=True)
+    queued.until_over("preempted")
+    assert queued.ends == ["cancelled"]
+    assert queued.saved >= 2
