@@ -57,7 +57,8 @@ def test_preempted_it_saves_and_goes_on_by_itself(
 ) -> None:
     queued = launch(steps=STEPS)
     queued.until_step(7)
-    urgent = command("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap=sleep 4")
+    asked = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+    urgent = command("sbatch", "--parsable", *asked, "--wrap=sleep 4")
     queued.until("the end of the attempt", lambda: queued.ends[0] is not None)
     saved = queued.saved
     assert saved >= 7
