@@ -130,7 +130,7 @@ def start(request: Request, dry_run: bool) -> int:
         check_environment(decided.plan, len(decided.facts.gpus))
     check_space(decided.plan, run_directory)
     decided = _with_source(decided, request, run_directory, goes_on)
-    before = run_directory.snapshot()
+    before = run_directory.snapshot() if decided.slurm is not None else None
     claim_output(decided, run_directory, goes_on=goes_on)
     show(decided, request, to_stderr=request.json)
     if goes_on:
