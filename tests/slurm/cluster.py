@@ -202,8 +202,9 @@ class Cluster:
     def _daemon(self, name: str, program: str, *arguments: str) -> None:
         path = _program(program)
         assert path is not None
-        subprocess.run([path, *arguments], check=True, timeout=READY_SECONDS)
         file = self.folder / "pid" / name
+        file.unlink(missing_ok=True)  # of one that crashed
+        subprocess.run([path, *arguments], check=True, timeout=READY_SECONDS)
         deadline = time.monotonic() + READY_SECONDS
         while not (file.is_file() and file.read_text().strip()):
             assert time.monotonic() < deadline, f"{program} wrote no pid file"
