@@ -19,6 +19,11 @@ PY
 fi
 # DeepSpeed builds one CPU extension at first use.
 command -v g++ >/dev/null || missing+=(g++)
+# The Slurm tests bring up a cluster of their own, which only root can.
+if [ "$(id -u)" = 0 ]; then
+  command -v sbatch >/dev/null || missing+=(slurm-wlm)
+  command -v munged >/dev/null || missing+=(munge)
+fi
 [ ${#missing[@]} -eq 0 ] && exit 0
 command="apt-get install -y ${missing[*]}"
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

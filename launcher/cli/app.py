@@ -16,6 +16,7 @@ from launcher.errors import ExitCode, Refusal
 COMMANDS = {
     "run": ("launcher.cli.run", "run"),
     "plan": ("launcher.cli.run", "plan"),
+    "cancel": ("launcher.cli.cancel", "cancel"),
     "generate": ("launcher.cli.after", "generate"),
     "init": ("launcher.cli.start", "init"),
     "logs": ("launcher.cli.watch", "logs"),
@@ -27,6 +28,7 @@ COMMANDS = {
 SHORT_HELP = {
     "run": "Plan, then launch (also without the word run).",
     "plan": "Say what would happen; starts nothing, needs no GPU.",
+    "cancel": "Stop a run, with a checkpoint unless told otherwise.",
     "generate": "Ask a finished run's model.",
     "init": "Write a first sft.yaml.",
     "logs": "Show a run's logs.",

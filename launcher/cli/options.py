@@ -91,6 +91,13 @@ OPTIONS: tuple[tuple[str, str, Any, str | None, str], ...] = (
         "Start failed ranks again, from the last whole checkpoint.",
     ),
     (
+        "--chain",
+        "slurm.chain",
+        click.IntRange(min=2),
+        "N",
+        "Slurm: N jobs that continue one another, where requeue is not allowed.",
+    ),
+    (
         "--device",
         "hardware.device",
         click.Choice(get_args(Device)),
@@ -109,6 +116,8 @@ class Request:
     target: str
     resume: str
     json: bool
+    detach: bool = False
+    """Slurm: whether the command ends once the job is queued."""
 
     @property
     def output_said(self) -> bool:
@@ -142,6 +151,7 @@ def plan_options(command: Command) -> Command:
             show_default=True,
             help="Where it runs.",
         ),
+        click.option("--detach", is_flag=True, help="Slurm: do not wait for the job's end."),
         *(
             click.option(flag, _parameter_name(key), type=kind, metavar=metavar, help=text)
             for flag, key, kind, metavar, text in reversed(OPTIONS)
@@ -167,6 +177,7 @@ def make_request(arguments: dict[str, Any]) -> Request:
         overrides=tuple(overrides),
         target=arguments["target"],
         resume=arguments["resume"],
+        detach=arguments["detach"],
         json=arguments["as_json"],
     )
 

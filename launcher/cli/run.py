@@ -28,6 +28,7 @@ from launcher.cli.going_on import (
     with_measured_save,
     with_source_of,
 )
+from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued
 from launcher.cli.options import Request, load_request, make_request, plan_options
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.facts.probe import Facts, probe
@@ -35,6 +36,7 @@ from launcher.insight.find import find_run
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
 from launcher.render.files import run_files, with_files
+from launcher.render.slurm import SCRIPT, Origin
 from launcher.render.text import plan_lines
 from launcher.runs.checkpoints import Checkpoint, remove_unsealed
 from launcher.runs.directory import RunDirectory
@@ -52,6 +54,8 @@ class Decided:
     """The run directory as people name it."""
     recipe: str | None
     """The built-in recipe, where no spec was given."""
+    slurm: Origin | None = None
+    """Who makes the job script, where it goes to Slurm."""
 
 
 @click.command(context_settings={"max_content_width": 100})
@@ -65,7 +69,7 @@ def plan(**arguments: Any) -> int:
     """
     request = make_request(arguments)
     decided = decide(request)
-    show(decided, request)
+    show(decided, request, script=True)
     return ExitCode.DONE
 
 
@@ -118,32 +122,55 @@ def start(request: Request, dry_run: bool) -> int:
         decided = _go_on(decided, request, run_directory)
     decided, own = _with_source(decided, request, run_directory, goes_on)
     if dry_run:
-        show(decided, request)
+        show(decided, request, script=True)
         if goes_on and not request.json:
             say_where(run_directory, decided.output, to_stderr=False)
         return ExitCode.DONE
     if goes_on and run_directory.read_status().get("state") == "completed":
         say_complete(run_directory, decided.output, as_json=request.json)
         return ExitCode.DONE
-    if decided.planned.spec.dataset is None:
-        raise SpecError(
-            "missing_key", "dataset is not set", why="a run needs rows", fix="pass --dataset FILE"
-        )
-    from launcher.launch.local import check_environment, check_space
-
-    check_environment(decided.plan, len(decided.facts.gpus))
-    check_space(decided.plan, run_directory)
+    _check_ready(decided, run_directory)
+    before = run_directory.snapshot() if decided.slurm is not None else None
     claim_output(decided, run_directory, goes_on=goes_on)
     if own is not None:
         set_aside_after(run_directory, own)
     show(decided, request, to_stderr=request.json)
     if goes_on:
         say_where(run_directory, decided.output, to_stderr=request.json)
+    return _launch(decided, request, run_directory, before)
+
+
+def _check_ready(decided: Decided, run: RunDirectory) -> None:
+    """Refuse what cannot start, before anything is written.
+
+    Raises:
+        Refusal: no rows, no GPUs, no packages, no cluster, no space.
+    """
+    if decided.planned.spec.dataset is None:
+        raise SpecError(
+            "missing_key", "dataset is not set", why="a run needs rows", fix="pass --dataset FILE"
+        )
+    from launcher.launch.local import check_environment, check_space
+
+    if decided.slurm is not None:
+        from launcher.launch.slurm import check
+
+        check(decided.plan, decided.planned.spec.slurm)
+    else:
+        check_environment(decided.plan, len(decided.facts.gpus))
+    check_space(decided.plan, run)
+
+
+def _launch(
+    decided: Decided, request: Request, run: RunDirectory, before: dict[str, bytes] | None
+) -> int:
+    """Hand the run over to its target, and follow it."""
+    if decided.slurm is not None:
+        slurm = decided.planned.spec.slurm
+        return queue_and_follow(run, slurm, decided.output, before, request)
     from launcher.cli.follow import follow
 
-    return follow(
-        decided.plan, run_directory, decided.output, decided.facts.cpu_count, request.json
-    )
+    return follow(decided.plan, run, decided.output, decided.facts.cpu_count, request.json)
 
 
 def _go_on(decided: Decided, request: Request, run: RunDirectory) -> Decided:
@@ -153,6 +180,7 @@ def _go_on(decided: Decided, request: Request, run: RunDirectory) -> Decided:
         SpecError: where the folder holds another run.
     """
     refuse_running(run)
+    refuse_queued(run)
     if "batch.global_batch_size" in decided.plan.defaults:
         decided = decide(keep_global_batch(request, run))
     refuse_other_run(run, decided.planned.spec, decided.output)
@@ -180,7 +208,7 @@ def _with_source(
 
 def _rendered(decided: Decided, planned: Planned) -> Decided:
     path = os.path.abspath(decided.output)  # noqa: PTH100 - keeps links
-    plan = with_files(planned, path, decided.facts.cpu_count)
+    plan = with_files(planned, path, decided.facts.cpu_count, decided.slurm)
     return dataclasses.replace(decided, planned=planned, plan=plan)
 
 
@@ -197,12 +225,16 @@ def decide(request: Request) -> Decided:
     output = planned.spec.output or "runs/run"
     if recipe and not request.output_said:
         output = free_name(output)
-    full = with_files(planned, os.path.abspath(output), facts.cpu_count)  # noqa: PTH100 - keeps links
-    return Decided(planned, full, facts, output, recipe)
+    path = os.path.abspath(output)  # noqa: PTH100 - keeps links
+    slurm = origin() if request.target == "slurm" else None
+    full = with_files(planned, path, facts.cpu_count, slurm)
+    return Decided(planned, full, facts, output, recipe, slurm)
 
 
-def show(decided: Decided, request: Request, *, to_stderr: bool = False) -> None:
-    """The plan, as JSON or as text."""
+def show(
+    decided: Decided, request: Request, *, to_stderr: bool = False, script: bool = False
+) -> None:
+    """The plan, as JSON or as text, with a job's whole script where it is asked for."""
     if request.json and not to_stderr:
         click.echo(json.dumps(decided.plan.as_json(), indent=1))
         return
@@ -223,6 +255,8 @@ def show(decided: Decided, request: Request, *, to_stderr: bool = False) -> None
     for line in lines:
         styled = click.style(line, fg="yellow") if line.startswith("warning") else line
         click.echo(styled, err=to_stderr)
+    if script and SCRIPT in decided.plan.files:
+        click.echo(f"\n{decided.plan.files[SCRIPT]}", nl=False)
 
 
 def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool) -> None:
@@ -266,7 +300,7 @@ def _refuse_taken(run_directory: RunDirectory, output: str) -> None:
 
 def _refuse_unready(request: Request) -> None:
     """What the interface promises and this version does not do yet."""
-    if request.target != "local":
+    if request.target == "docker":
         raise EnvironmentNotReady(
             "target",
             f"--on {request.target} is not in this version",

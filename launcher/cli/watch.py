@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
+from launcher.cli.on_slurm import job_record, job_text, which_run
 from launcher.errors import ExitCode, SpecError
-from launcher.insight.find import find_run, known_runs
+from launcher.insight.find import known_runs
 from launcher.render.text import progress_text
 from launcher.runs.directory import RunDirectory
 
@@ -22,8 +23,8 @@ RUNNING = ("planned", "queued", "running")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (a list for all).")
 def status(run_name: str | None, as_json: bool) -> int:
     """Show where a run stands; all runs below ./runs without a name."""
-    runs = [find_run(run_name)] if run_name else known_runs()
-    records = [{"run": str(run.path), **run.read_status()} for run in runs]
+    runs = [which_run(run_name)] if run_name else known_runs()
+    records = [{"run": str(run.path), **run.read_status(), **job_record(run)} for run in runs]
     if as_json:
         click.echo(json.dumps(records[0] if run_name else records, indent=1))
         return ExitCode.DONE
@@ -40,7 +41,7 @@ def _detail(run: RunDirectory, record: dict[str, object]) -> str:
         return str(error.get("message", ""))
     if record.get("state") == "completed":
         return f"step {record.get('step')}, {run.path}/final"
-    return progress_text(record, run.read_metrics())
+    return f"{progress_text(record, run.read_metrics())}{job_text(record)}"
 
 
 @click.command()
@@ -50,7 +51,7 @@ def _detail(run: RunDirectory, record: dict[str, object]) -> str:
 @click.option("--attempt", type=click.IntRange(min=1), help="Attempt; the last one by default.")
 def logs(run_name: str | None, follow: bool, rank: int, attempt: int | None) -> int:
     """Show one rank's log of a run."""
-    run = find_run(run_name)
+    run = which_run(run_name)
     number = attempt or int(run.read_status().get("attempt") or 1)
     path = run.rank_log(number, rank)
     if not path.is_file():

@@ -30,9 +30,14 @@ def members(run_directory: str) -> list[int]:
     return found
 
 
+def ask_to_stop(run_directory: str) -> None:
+    """Ask every process of a run to save and stop; it takes the time that it takes."""
+    _signal(members(run_directory), signal.SIGTERM)
+
+
 def end_all(run_directory: str, grace_seconds: float) -> None:
     """Ask every process of a run to stop, and end those that have not within the grace."""
-    _signal(members(run_directory), signal.SIGTERM)
+    ask_to_stop(run_directory)
     deadline = time.monotonic() + grace_seconds
     while members(run_directory) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from launcher.plan.adapter import METHODS
 from launcher.plan.checks import Case
 from launcher.plan.types import Advice, Batch, Memory
-from launcher.spec.schema import DockerSpec, SlurmSpec
+from launcher.spec.schema import DockerSpec
 
 
 def advise(case: Case, batch: Batch, memory: Memory) -> tuple[Advice, ...]:
@@ -53,15 +53,10 @@ def unused_keys(case: Case, batch: Batch, memory: Memory) -> Advice | None:
 
 
 def unused_section(case: Case, batch: Batch, memory: Memory) -> Advice | None:
-    """Sections for targets that are not in this version."""
-    sections = {"slurm": SlurmSpec(), "docker": DockerSpec()}
-    said = [name for name, unset in sections.items() if getattr(case.spec, name) != unset]
-    if not said:
+    """A section for a target that is not in this version."""
+    if case.spec.docker == DockerSpec():
         return None
-    return Advice(
-        "unused_section",
-        f"{' and '.join(said)}: for --on {said[0]}, which is not in this version",
-    )
+    return Advice("unused_section", "docker: for --on docker, which is not in this version")
 
 
 def remote_code(case: Case, batch: Batch, memory: Memory) -> Advice | None:

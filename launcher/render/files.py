@@ -14,6 +14,7 @@ from launcher import __version__
 from launcher.plan.engine import RUN_DIRECTORY
 from launcher.plan.make import Planned, spec_as_mapping
 from launcher.plan.types import Plan
+from launcher.render.slurm import SCRIPT, Origin, job_script
 from launcher.render.torchrun import command_script, launch_environment, torchrun_argv
 from launcher.spec.document import FLOAT
 
@@ -32,23 +33,33 @@ _Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
-def with_files(planned: Planned, run_directory: str, cpu_count: int) -> Plan:
+def with_files(
+    planned: Planned, run_directory: str, cpu_count: int, slurm: Origin | None = None
+) -> Plan:
     """The plan with its command and all files.
 
     Args:
         planned: what was decided.
         run_directory: absolute path of the run.
         cpu_count: processors of a node, for the ranks' thread counts.
+        slurm: who makes the job, where it goes to Slurm: a job script stands in place of
+            command.sh then.
+
+    Raises:
+        SpecError: for what a job script cannot say.
     """
     plan = planned.plan
     argv = torchrun_argv(plan.topology, plan.worker.limits, run_directory, Path(run_directory).name)
     environment = launch_environment(plan.topology, cpu_count, plan.worker.limits["max_restarts"])
     files = {
         "accelerate.yaml": yaml_text(_replaced(planned.engine.accelerate, run_directory)),
-        "command.sh": command_script(argv, environment, plan.topology),
         "spec.yaml": f"# Resolved by sftlaunch {__version__}: every value is explicit.\n"
         + yaml_text(spec_as_mapping(planned.spec)),
     }
+    if slurm is not None:
+        files[SCRIPT] = job_script(plan, planned.spec, run_directory, slurm)
+    else:
+        files["command.sh"] = command_script(argv, environment, plan.topology)
     if planned.engine.deepspeed is not None:
         files["deepspeed.json"] = json.dumps(planned.engine.deepspeed, indent=2) + "\n"
     return dataclasses.replace(plan, command=argv, files=files)

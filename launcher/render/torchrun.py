@@ -32,10 +32,15 @@ def torchrun_argv(
             f"--rdzv-endpoint={HEAD_NODE}",
             f"--rdzv-id={run_name}",
         )
+    return ("torchrun", *rendezvous, *rank_options(topology, limits, run_directory))
+
+
+def rank_options(
+    topology: Topology, limits: Mapping[str, Any], run_directory: str
+) -> tuple[str, ...]:
+    """Torchrun's arguments on one node, without the rendezvous; see `torchrun_argv`."""
     restarts = limits["max_restarts"]
     return (
-        "torchrun",
-        *rendezvous,
         f"--nproc-per-node={topology.gpus_per_node}",
         *([f"--max-restarts={restarts}"] if restarts else []),
         f"--shutdown-timeout={limits['shutdown_timeout_seconds']}",

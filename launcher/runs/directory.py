@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,15 @@ class RunDirectory:
         """A rank's own error, written by it as it fails."""
         return self.logs(attempt) / f"rank-{rank}.error.json"
 
+    def signals(self, attempt: int) -> Path:
+        """What a batch script was sent: a line each, the signal and the job's state."""
+        return self.logs(attempt) / "signals"
+
+    @property
+    def cancelled(self) -> Path:
+        """There while the run is asked to save and not to go on."""
+        return self.path / "cancelled"
+
     def exists(self) -> bool:
         """Whether a run was planned here."""
         try:
@@ -124,6 +134,23 @@ class RunDirectory:
             write_atomic(self.path / name, files[name])
             if name.endswith(".sh"):
                 (self.path / name).chmod(0o755)
+
+    def snapshot(self) -> dict[str, bytes] | None:
+        """The files at the top of the folder, for `restore`; None where there is no run yet."""
+        if not self.exists():
+            return None
+        return {path.name: path.read_bytes() for path in self.path.iterdir() if path.is_file()}
+
+    def restore(self, before: Mapping[str, bytes] | None) -> None:
+        """Undo `create`: what was not there goes, what was there is as it was."""
+        if before is None:
+            shutil.rmtree(self.path)
+            return
+        for path in [path for path in self.path.iterdir() if path.is_file()]:
+            if path.name not in before:
+                path.unlink()
+        for name, content in before.items():
+            (self.path / name).write_bytes(content)
 
     def read_status(self) -> dict[str, Any]:
         """The status record; `{}` where there is none yet."""

@@ -6,6 +6,7 @@ It decides what may be said, not what is wise: combinations are judged by `launc
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -32,6 +33,7 @@ Device: TypeAlias = Literal["cuda", "cpu"]
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 ALL_LINEAR = "all-linear"
+CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -42,6 +44,19 @@ def _is_duration(value: str | int) -> str | int:
 
 
 Duration = Annotated[str | int, AfterValidator(_is_duration)]
+# Slurm reads a bare number as minutes, this launcher as seconds: a unit must be said.
+DurationText = Annotated[str, AfterValidator(_is_duration)]
+
+
+def _is_one_line(value: str) -> str:
+    if not value.strip() or CONTROL.search(value):
+        raise ValueError("it should be one line of text without control characters")
+    return value
+
+
+Line = Annotated[str, AfterValidator(_is_one_line)]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+DirectiveName = Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")]
 
 
 class Section(BaseModel):
@@ -205,19 +220,67 @@ class SamplesSpec(Section):
 
 
 class ContainerSpec(Section):
-    """A container for Slurm jobs."""
+    """A container that each node's ranks run in."""
 
     runtime: Literal["pyxis", "apptainer"]
-    image: str
+    image: Line
+    mounts: list[Line] = Field(
+        default_factory=list,
+        description="SOURCE:TARGET[:OPTIONS]; the run, and a local model and data, come by "
+        "themselves.",
+    )
+    environment: list[VariableName] = Field(
+        default_factory=list, description="Variables to pass, by name only."
+    )
+    workdir: Line | None = Field(None, description="Working directory inside.")
+
+
+class MailSpec(Section):
+    """Who is told of a job's fate by mail."""
+
+    user: Line | None = None
+    events: list[Literal["BEGIN", "END", "FAIL", "REQUEUE", "TIME_LIMIT", "ALL"]] = Field(
+        default_factory=list, description="What Slurm writes about."
+    )
 
 
 class SlurmSpec(Section):
-    """How a Slurm job is asked for."""
+    """How a Slurm job is asked for, and how it goes on after an end that was not its own."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time_limit: str | None = Field(None, description="Such as 12h, 90m or 1-00:00:00.")
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    time_limit: DurationText | None = Field(None, description="Such as 12h, 90m or 1-00:00:00.")
+    gpu_type: Line | None = Field(None, description="Type of GPU by the cluster's name for it.")
+    gpus_as: Literal["gres", "gpus-per-node"] = Field(
+        "gres", description="Option that asks for GPUs; gres works everywhere."
+    )
+    cpus_per_node: Count | None = Field(None, description="Processors of each node's one task.")
+    constraint: Line | None = None
+    exclusive: bool = Field(False, description="No other job on the nodes.")
+    reservation: Line | None = None
+    exclude: Line | None = Field(None, description="Nodes to keep away from, such as n[3,7].")
+    mail: MailSpec = MailSpec()
+    array_throttle: Count | None = Field(None, description="Runs of a sweep at one time.")
+    requeue: bool = Field(True, description="Whether the job may be queued again.")
+    max_requeues: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        20, description="How often a job starts again, whatever ended it."
+    )
+    chain: Annotated[int, Field(ge=2, le=1000)] | None = Field(
+        None, description="Jobs that continue one another, where requeue is not allowed."
+    )
+    warning: DurationText | None = Field(
+        None, description="Time before the limit at which the ranks save and stop."
+    )
+    network_interface: Line | None = Field(
+        None, description="Interface of NCCL and gloo; only where they choose wrongly."
+    )
+    directives: dict[DirectiveName, str | int | bool] = Field(
+        default_factory=dict, description="Further sbatch options, such as {mem: 0}."
+    )
+    before: list[Line] = Field(
+        default_factory=list, description="Lines of bash before the ranks, such as module load."
+    )
     container: ContainerSpec | None = None
 
 

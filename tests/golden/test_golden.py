@@ -10,6 +10,7 @@ facts.yaml, all keys optional:
     cpu_count: processors of a node, 64 where unset
     dataset: {format, rows, mean_characters, conversational}
     chat_template: false for a tokenizer without one
+    slurm: true for a run on Slurm
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from launcher.facts.probe import Facts, _planned_gpu
 from launcher.plan.make import make_plan
 from launcher.plan.types import plan_from_json
 from launcher.render.files import with_files
+from launcher.render.slurm import Origin
 from launcher.render.text import plan_lines
 from launcher.spec.load import load_spec
 from tests.support import make_model, tree
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 CASES = Path(__file__).parent / "cases"
 NAMES = sorted(path.parent.name for path in CASES.glob("*/spec.yaml"))
 WIDTH = 100
+ORIGIN = Origin("sftlaunch spec.yaml --on slurm", "/opt/sft/bin/python", "/opt/sft/lib")
 
 
 def read_facts(folder: Path, spec: Spec, scratch: Path) -> Facts:
@@ -98,7 +101,12 @@ def render_case(name: str, scratch: Path) -> tuple[dict[str, str], Plan | None]:
         planned = make_plan(loaded.spec, facts)
     except Refusal as refusal:
         return {"refusal.txt": _refusal_text(refusal)}, None
-    plan = with_files(planned, f"/runs/{name}", facts.cpu_count)
+    said = yaml.safe_load((folder / "facts.yaml").read_text("utf-8")) or {}
+    try:
+        slurm = ORIGIN if said.get("slurm") else None
+        plan = with_files(planned, f"/runs/{name}", facts.cpu_count, slurm)
+    except Refusal as refusal:
+        return {"refusal.txt": _refusal_text(refusal)}, None
     lines = plan_lines(
         plan,
         planned.spec,

@@ -1,0 +1,190 @@
+"""What the commands say and ask of a run on Slurm."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.cli.options import Request
+from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
+from launcher.insight.find import find_run
+from launcher.render.slurm import Origin
+from launcher.runs.directory import RunDirectory
+from launcher.spec.schema import SlurmSpec
+
+POLL_SECONDS = 1.0
+# Looks at the record between two questions to the controller, which many others ask too.
+LOOKS_PER_QUESTION = 5
+EXIT_CODES = {"completed": ExitCode.DONE, "preempted": ExitCode.PREEMPTED}
+RUNNING = ("queued", "running")
+
+
+def origin() -> Origin:
+    """This process, as the job script names it."""
+    package_parent = Path(__file__).resolve().parents[2]
+    return Origin(shlex.join(["sftlaunch", *sys.argv[1:]]), sys.executable, str(package_parent))
+
+
+def has_job(record: Mapping[str, Any]) -> bool:
+    """Whether a run was queued, and Slurm can be asked about it here."""
+    return bool(record.get("slurm")) and shutil.which("scontrol") is not None
+
+
+def refuse_queued(run: RunDirectory) -> None:
+    """Refuse to queue a run twice.
+
+    Raises:
+        EnvironmentNotReady: where one of its jobs waits or runs.
+    """
+    from launcher.launch.slurm import current_job
+
+    job = current_job(run) if has_job(run.read_status()) else None
+    if job is not None and job.alive:
+        raise EnvironmentNotReady(
+            "running",
+            f"{run.path} is job {job.number} ({job.state})",
+            why="two attempts would overwrite each other",
+            fix=f"wait for its end, or sftlaunch cancel {job.number}",
+        )
+
+
+def which_run(name: str | None) -> RunDirectory:
+    """The run that a path, a name or a job number means, from any directory.
+
+    Raises:
+        SpecError: where there is none.
+    """
+    try:
+        return find_run(name)
+    except SpecError:
+        if name is None or shutil.which("squeue") is None:
+            raise
+        from launcher.launch.slurm import run_of_job, run_of_name
+
+        found = run_of_job(int(name)) if name.isdecimal() else run_of_name(name)
+        if found is None:
+            raise
+        return found
+
+
+def queue_and_follow(
+    run: RunDirectory,
+    slurm: SlurmSpec,
+    output: str,
+    before: Mapping[str, bytes] | None,
+    request: Request,
+) -> ExitCode:
+    """Queue the job, and show it to its end unless asked not to.
+
+    Args:
+        run: whose files are written.
+        slurm: resolved.
+        output: the run directory, as people name it.
+        before: what was there before this command, for the case that nothing is queued.
+        request: how to print.
+    """
+    from launcher.launch.slurm import submit
+
+    try:
+        jobs = submit(run, slurm.chain or 1)
+    except BaseException:
+        run.restore(before)
+        raise
+    more = f" and {len(jobs) - 1} after it" if len(jobs) > 1 else ""
+    click.echo(f"queued     job {jobs[0]}{more}; sftlaunch status {jobs[0]}", err=True)
+    if not slurm.requeue and slurm.chain is None:
+        click.echo("           it is not queued again by itself (slurm.requeue)", err=True)
+    if request.detach:
+        if request.json:
+            click.echo(json.dumps(run.read_status()))
+        return ExitCode.DONE
+    try:
+        follow_job(run)
+    except KeyboardInterrupt:
+        click.echo(f"\njob {jobs[0]} goes on; sftlaunch cancel {jobs[0]} stops it", err=True)
+        return ExitCode.DONE
+    return _say_end(run, output, request.json)
+
+
+def follow_job(run: RunDirectory) -> None:
+    """Show a run's progress until no job of it is left."""
+    from launcher.cli.follow import Progress
+    from launcher.launch.slurm import current_job
+
+    progress = Progress(run)
+    looks = 0
+    while True:
+        progress.poll()
+        looks += 1
+        if looks % LOOKS_PER_QUESTION == 0 or run.read_status().get("state") not in RUNNING:
+            job = current_job(run)
+            if job is None or not job.alive:
+                break
+        time.sleep(POLL_SECONDS)
+    progress.close()
+    settle(run)
+
+
+def settle(run: RunDirectory) -> None:
+    """The record of a run whose jobs are gone: what nobody wrote down is said as it is."""
+    if run.read_status().get("state") not in RUNNING:
+        return
+    if run.cancelled.exists():
+        run.update_status(state="preempted", stage="cancelled")
+        return
+    message = "its job ended without a word: killed past its grace, or with its node"
+    run.update_status(state="failed", error={"message": message, "log": "logs"})
+
+
+def _say_end(run: RunDirectory, output: str, as_json: bool) -> ExitCode:
+    record = run.read_status()
+    if as_json:
+        click.echo(json.dumps(record))
+    code = EXIT_CODES.get(str(record.get("state")), ExitCode.RUN_FAILED)
+    if code is ExitCode.DONE:
+        click.echo(f"done: step {record.get('step')}, {output}/final", err=True)
+        return code
+    error = record.get("error") or {}
+    if error.get("message"):
+        click.secho("error: ", fg="red", nl=False, err=True)
+        click.echo(str(error["message"]), err=True)
+    click.echo(f"{record.get('stage')}; go on with: sftlaunch resume {output} --on slurm", err=True)
+    return code
+
+
+def job_record(run: RunDirectory) -> dict[str, Any]:
+    """What the controller says of a run's job, where it knows one that is not over."""
+    from launcher.launch.slurm import current_job
+
+    record = run.read_status()
+    if not has_job(record) or record.get("state") == "completed":
+        return {}
+    try:
+        job = current_job(run)
+    except EnvironmentNotReady:
+        return {"job": {"state": "unknown: the controller does not answer"}}
+    return {"job": asdict(job)} if job is not None and job.alive else {}
+
+
+def job_text(record: Mapping[str, Any]) -> str:
+    """The same for a person; empty where there is nothing to say."""
+    job = record.get("job")
+    if not job:
+        return ""
+    if "number" not in job:
+        return f"  ({job['state']})"
+    text = f"  (job {job['number']} {job['state'].lower()}"
+    if job["position"]:
+        text += f", {job['position']} in the queue: {job['reason']}"
+    elif job["time_left"] not in ("", "INVALID", "UNLIMITED"):
+        text += f", {job['time_left']} of its time left"
+    return f"{text})"
