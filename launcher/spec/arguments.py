@@ -41,7 +41,7 @@ OWNED = {
     "resume_from_checkpoint": "--resume",
     "ignore_data_skip": "nothing: a resumed run goes on in its data",
     "save_only_model": "nothing: a checkpoint holds all that a resume needs",
-    "load_best_model_at_end": "evaluation.early_stopping_patience; the last model is saved",
+    "load_best_model_at_end": "evaluation.early_stopping_patience",
     "average_tokens_across_devices": "nothing: the loss is always a mean over all tokens",
     "ddp_find_unused_parameters": "nothing: the adapter rules set it",
     "gradient_checkpointing_kwargs": "training.gradient_checkpointing",
