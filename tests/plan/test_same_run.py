@@ -81,6 +81,9 @@ def keys(model: type[BaseModel] = Spec, prefix: str = "") -> Iterator[tuple[str,
             yield from keys(part, f"{prefix}{name}.")
         elif get_origin(part) is Literal:
             yield f"{prefix}{name}", get_args(part)[:2]
+        elif get_origin(part) is list and get_origin(get_args(part)[0]) is Literal:
+            words = get_args(get_args(part)[0])
+            yield f"{prefix}{name}", (list(words[:1]), list(words[:2]))
         else:
             yield f"{prefix}{name}", VALUES[get_origin(part) or part]
 

@@ -69,6 +69,7 @@ def test_preempted_it_saves_and_goes_on_by_itself(
     same_curve(queued.losses, uninterrupted)
 
 
+@pytest.mark.slow
 def test_the_time_limit_twice(launch: Launch, uninterrupted: dict[int, float]) -> None:
     queued = launch("--set=slurm.time_limit=10m", steps=STEPS)
     for step in (4, 12):
@@ -82,6 +83,7 @@ def test_the_time_limit_twice(launch: Launch, uninterrupted: dict[int, float]) -
     same_curve(queued.losses, uninterrupted)
 
 
+@pytest.mark.slow
 def test_the_number_of_requeues_is_bounded(launch: Launch) -> None:
     queued = launch("--set=slurm.max_requeues=1", steps=400)
     for step in (2, 4):
@@ -105,6 +107,7 @@ def test_a_killed_rank_is_named_and_the_job_tries_again(launch: Launch) -> None:
     assert queued.status["attempts"][1]["from_step"] >= 4
 
 
+@pytest.mark.slow
 def test_a_dead_node_is_told_from_a_preemption(launch: Launch, cluster: Cluster) -> None:
     queued = launch("--set=checkpoints.every_steps=2", steps=12)
     queued.until_step(5)
@@ -119,6 +122,7 @@ def test_a_dead_node_is_told_from_a_preemption(launch: Launch, cluster: Cluster)
     assert queued.status["attempts"][1]["from_step"] >= 4
 
 
+@pytest.mark.slow
 def test_without_progress_it_is_not_queued_again(launch: Launch) -> None:
     queued = launch(steps=400)
     for number in (1, 2):
@@ -132,6 +136,7 @@ def test_without_progress_it_is_not_queued_again(launch: Launch) -> None:
     assert queued.status["error"]["message"]
 
 
+@pytest.mark.slow
 def test_cancelled_with_a_checkpoint_and_resumed(launch: Launch) -> None:
     queued = launch(steps=10_000)
     queued.until_step(3)
@@ -150,6 +155,7 @@ def test_cancelled_with_a_checkpoint_and_resumed(launch: Launch) -> None:
     assert queued.ends == ["cancelled", "cancelled"]
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_where_requeue_is_off(launch: Launch) -> None:
     queued = launch("--chain=3", "--set=slurm.requeue=false", steps=12)
     first, second, third = queued.status["slurm"]["jobs"]
