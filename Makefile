@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help demo test test-all lint bench fields clean system
+.PHONY: help cluster demo test test-all lint bench fields clean system
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -37,10 +37,13 @@ lint: $(VENV)/.train ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint ## all checks of a commit: lint, light tests, a slice of the real-engine tests
+cluster: system ## what the Slurm tests need, installed where we are root
+	@bash tools/system-packages.sh "$(PYTHON)" slurm
+
+test: lint cluster ## all checks of a commit: lint, light tests, a slice of the real-engine tests
 	$(BIN)/python -m pytest -m "not slow" -q $(PYTEST_ARGS)
 
-test-all: lint ## the same with the long matrices
+test-all: lint cluster ## the same with the long matrices
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 bench: $(VENV)/.train ## figures of docs/ and bench/, made again

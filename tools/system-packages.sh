@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What `make` needs from Debian or Ubuntu: installed where we are root, named where not.
-# Argument: the Python that the virtual environment will use.
+# Arguments: the Python that the virtual environment will use; `slurm` for the cluster tests.
 set -euo pipefail
 python=${1:-}
 missing=()
@@ -20,7 +20,7 @@ fi
 # DeepSpeed builds one CPU extension at first use.
 command -v g++ >/dev/null || missing+=(g++)
 # The Slurm tests bring up a cluster of their own, which only root can.
-if [ "$(id -u)" = 0 ]; then
+if [ "${2:-}" = slurm ] && [ "$(id -u)" = 0 ]; then
   command -v sbatch >/dev/null || missing+=(slurm-wlm)
   command -v munged >/dev/null || missing+=(munge)
 fi
