@@ -149,16 +149,9 @@ def _reordered(stage: tuple[str, int], method: str) -> tuple[str, str, int]:
     return strategy, method, ranks
 
 
-def all_pairs(strategies: Sequence[str]) -> list[tuple[str, str]]:
-    """Every strategy's checkpoint in every other strategy."""
-    return [(old, new) for old in strategies for new in strategies if old != new]
-
-
-def pairs_for(method: str) -> list[tuple[str, str]]:
-    """Every pair for the adapter, whose runs are short; a circle through all for the rest."""
-    if method == "lora":
-        return all_pairs(STRATEGIES)
-    return list(zip(STRATEGIES, (*STRATEGIES[1:], STRATEGIES[0]), strict=True))
+def circle(strategies: Sequence[str]) -> list[tuple[str, str]]:
+    """Every strategy once as the source and once as the target."""
+    return list(zip(strategies, (*strategies[1:], strategies[0]), strict=True))
 
 
 def as_markdown(rows: Sequence[Resumed]) -> str:
@@ -194,7 +187,7 @@ def main() -> int:
         for method in options.methods:
             lab.start(method, STRATEGIES)
             rows += lab.same_world(method, STRATEGIES)
-            rows += lab.other_strategies(method, pairs_for(method))
+            rows += lab.other_strategies(method, circle(STRATEGIES))
             for name, stages in CHAINS.items():
                 rows += lab.chain(method, stages, name)
     text = as_markdown(rows)
