@@ -128,13 +128,13 @@ def refuse_running(run: RunDirectory) -> None:
     Raises:
         EnvironmentNotReady: where some of its processes live on this machine.
     """
-    pids = members(str(run.path.resolve()))
+    pids = members(str(run.path))
     if pids:
         raise EnvironmentNotReady(
             "running",
             f"{run.path} is running (process {pids[0]})",
             why="two attempts would overwrite each other",
-            fix="wait for its end, or stop it by Ctrl-C or SIGTERM; sftlaunch status shows it",
+            fix="wait for its end (sftlaunch status shows it), or stop it: sftlaunch cancel",
         )
 
 
