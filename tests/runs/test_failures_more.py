@@ -47,10 +47,14 @@ load(place).stand()
 """
 
 
-def _stuck(folder: Path, place: str, before: str) -> subprocess.Popen[bytes]:
+def _make_places(folder: Path) -> None:
+    """Write every place once, before any process reads one."""
     for name in PLACES.values():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(STAND)
+
+
+def _stuck(folder: Path, place: str, before: str) -> subprocess.Popen[bytes]:
     argv = [sys.executable, "-c", STUCK, str(folder / PLACES[place]), str(folder / PLACES["own"])]
     return subprocess.Popen(
         [*argv, before],
@@ -64,6 +68,7 @@ def _stuck(folder: Path, place: str, before: str) -> subprocess.Popen[bytes]:
 def stacks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What a rank that is stuck in each place leaves in its log."""
     folder = tmp_path_factory.mktemp("stuck")
+    _make_places(folder)
     wanted = {name: (name, "goes on from checkpoint-4\n") for name in PLACES}
     wanted |= {"silent": ("own", ""), "mid-line": ("own", "Map:  50%")}
     started = {name: _stuck(folder, *how) for name, how in wanted.items()}
