@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.assets import asset
 from launcher.errors import ExitCode
 from launcher.launch.processes import members
 from launcher.runs.checkpoints import SEAL, checkpoint_folders, newest_whole
@@ -34,6 +35,7 @@ BOUND = 1e-5
 START_TIMEOUT_SECONDS = 120
 END_TIMEOUT_SECONDS = 300
 MOST_RESUMES = 4
+HELD_OUT = asset("recipes", "tiny", "data", "eval.jsonl")
 INJECT = Path(__file__).resolve().parent / "inject"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
 # What every run here has in common: a small model, no evaluation, a checkpoint often.
@@ -244,6 +246,11 @@ def fails_by_itself(attempt: Attempt) -> tuple[int, ...]:
     return (ExitCode.RUN_FAILED,)
 
 
+def stops_by_itself(attempt: Attempt) -> tuple[int, ...]:
+    """Nothing to do: a rank gets its signal from what was injected."""
+    return (ExitCode.PREEMPTED,)
+
+
 def restarts_by_itself(attempt: Attempt) -> tuple[int, ...]:
     """SIGKILL to a random rank of a run that may start again: it completes in one go."""
     kill_one(attempt)
@@ -272,16 +279,27 @@ FAULTS: dict[str, Callable[[Attempt], tuple[int, ...]]] = {
     "one rank hangs": fails_by_itself,
     "SIGKILL one rank, --max-restarts 1": restarts_by_itself,
     "slow disk, SIGTERM": _stop(signal.SIGTERM, "launcher"),
+    "SIGUSR1 one rank in an evaluation": stops_by_itself,
+    "SIGUSR1 one rank while sampling": stops_by_itself,
 }
 # Fault -> environment of the first attempt (bench/inject), and its extra arguments.
 INJECTED: dict[str, dict[str, str]] = {
     "NaN in one rank": {"BENCH_POISON": "nan 11 1"},
     "one rank hangs": {"BENCH_POISON": "hang 11 1"},
     "slow disk, SIGTERM": {"BENCH_SLOW_FSYNC": "0.3"},
+    "SIGUSR1 one rank in an evaluation": {"BENCH_POISON": "evaluation 9 1"},
+    "SIGUSR1 one rank while sampling": {"BENCH_POISON": "samples 10 1"},
 }
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "one rank hangs": ("--set", "limits.stuck_after=15s"),
     "SIGKILL one rank, --max-restarts 1": ("--max-restarts", "1"),
+    "SIGUSR1 one rank in an evaluation": (
+        *("--set", f"dataset.eval_path={HELD_OUT}", "--set", "evaluation.every_steps=3"),
+    ),
+    "SIGUSR1 one rank while sampling": (
+        *("--set", "samples.prompts=[one, two, three, four]", "--set", "samples.every_steps=5"),
+        *("--set", "samples.max_new_tokens=4"),
+    ),
 }
 DAMAGES = ("truncated file", "empty file", "flipped bit", "missing seal")
 # Faults of the file system, which need a mount of their own.

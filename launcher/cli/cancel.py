@@ -10,6 +10,7 @@ import click
 
 from launcher.cli.on_slurm import has_job, settle, which_run
 from launcher.errors import ExitCode, SpecError
+from launcher.launch.presence import refuse_elsewhere
 from launcher.launch.processes import ask_to_stop, end_all, members
 from launcher.runs.checkpoints import newest_whole
 from launcher.runs.directory import RunDirectory
@@ -34,6 +35,7 @@ def cancel(run_name: str | None, now: bool) -> int:
     if has_job(run.read_status()) and _cancel_job(run, now):
         return _say(run)
     if not members(str(run.path.resolve())):
+        refuse_elsewhere(run)
         raise SpecError(
             "not_running", f"{run.path} is not running", fix="sftlaunch status shows all runs"
         )

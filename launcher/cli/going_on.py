@@ -10,6 +10,7 @@ import click
 
 from launcher.cli.options import Request
 from launcher.errors import EnvironmentNotReady, PlanRefused, SpecError
+from launcher.launch.presence import refuse_elsewhere
 from launcher.launch.processes import members
 from launcher.plan.same_run import differences
 from launcher.plan.storage import shutdown_timeout_seconds
@@ -126,8 +127,9 @@ def refuse_running(run: RunDirectory) -> None:
     """Refuse to start a run's ranks twice.
 
     Raises:
-        EnvironmentNotReady: where some of its processes live on this machine.
+        EnvironmentNotReady: where some of its processes live, on this machine or another.
     """
+    refuse_elsewhere(run)
     pids = members(str(run.path))
     if pids:
         raise EnvironmentNotReady(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import EnvironmentNotReady, ExitCode
+from launcher.launch.presence import Presence
 from launcher.launch.processes import MARK, end_all
 from launcher.plan.types import Plan
 from launcher.render.quote import shell_line
@@ -136,7 +137,11 @@ def launch(
     # The plan may be another at the next attempt: each keeps what it ran.
     shutil.copyfile(run.plan, run.logs(attempt) / "plan.json")
     argv = start_argv(plan)
-    with run.launcher_log(attempt).open("ab") as log, StopSignals() as stop:
+    with (
+        run.launcher_log(attempt).open("ab") as log,
+        StopSignals() as stop,
+        Presence(run) as presence,
+    ):
         log.write(f"{shell_line(argv)}\n".encode())
         log.flush()
         process = subprocess.Popen(
@@ -158,7 +163,12 @@ def launch(
             preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
         patience = float(plan.worker.limits["shutdown_timeout_seconds"])
-        code = _watch(process, run, stop, patience, on_poll)
+
+        def look() -> None:
+            presence.refresh()
+            on_poll()
+
+        code = _watch(process, run, stop, patience, look)
     on_poll()
     return _outcome(run, code, stopped=stop.asked)
 

@@ -21,6 +21,14 @@ OPTIMIZER_LIMITS = (
     ("paged", ("fsdp", "fsdp1", "hsdp"), "its state fails at the checkpoint", "bitsandbytes#1732"),
     ("8bit", ("fsdp", "fsdp1", "hsdp"), "its state fails at the checkpoint", "bitsandbytes#1732"),
 )
+# Optimizer name part -> why a checkpoint would not hold its whole state.
+STATE_NOT_SAVED = (
+    ("schedule_free", "it counts in its parameter groups, and swaps the weights to evaluate"),
+    ("galore", "its projections are objects of its own, not tensors"),
+    ("apollo", "its projections are objects of its own, not tensors"),
+    ("layerwise", "it steps inside the backward pass, one optimizer a layer"),
+    ("lomo", "it steps inside the backward pass"),
+)
 ALL_LINEAR = "all-linear"
 WITH_ANSWERS = ("messages", "prompt_completion", "alpaca")
 
@@ -205,6 +213,15 @@ def optimizer(case: Case) -> Refusal | None:
                 why=why,
                 fix="use --set training.optim=adamw_torch_fused, or --strategy ddp",
                 source=source,
+            )
+    for part, why in STATE_NOT_SAVED:
+        if part in name:
+            return PlanRefused(
+                "optimizer",
+                f"optimizer {name} cannot be saved and resumed",
+                why=why,
+                fix="use --set training.optim=adamw_torch_fused",
+                source="transformers 5.23 trainer_optimizer",
             )
     special = "8bit" in name or "paged" in name
     if special and case.spec.offload != "none" and case.strategy.startswith("zero"):

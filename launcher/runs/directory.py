@@ -116,6 +116,11 @@ class RunDirectory:
         return self.logs(attempt) / "signals"
 
     @property
+    def presence(self) -> Path:
+        """Host and process id of the launcher, which keeps it fresh while ranks run."""
+        return self.path / ".running"
+
+    @property
     def cancelled(self) -> Path:
         """There while the run is asked to save and not to go on."""
         return self.path / "cancelled"

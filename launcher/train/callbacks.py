@@ -11,9 +11,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from launcher.runs.directory import RunDirectory, append_line
-from launcher.train.control import Heartbeat, Ranks, StopRequest
+from launcher.train.control import EvaluationStopped, Heartbeat, Ranks
 
 STATUS_INTERVAL_SECONDS = 0.5
+# What a stop puts off to the resume.
+EVALUATION, SAMPLES = "evaluation", "samples"
 METRIC_NAMES = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
 
@@ -107,31 +109,41 @@ def _number(value: float) -> float | None:
 class SamplesCallback(TrainerCallback):  # type: ignore[misc]
     """Generations at fixed prompts: before the first step, every N steps, after the last."""
 
-    def __init__(self, every_steps: int | None, write: Callable[[int], None]) -> None:
+    def __init__(self, trainer: Any, every_steps: int | None, write: Callable[[int], None]) -> None:
+        self.trainer = trainer
         self.every_steps = every_steps
         self.write = write
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The base model's answers, to compare with."""
-        if state.global_step == 0:
-            self.write(0)
+        """The base model's answers, to compare with; those that a stop has put off."""
+        if state.global_step == 0 or SAMPLES in self.trainer.owed:
+            self.trainer.owed.discard(SAMPLES)
+            self.write(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answers on the way."""
-        due = self.every_steps and state.global_step % self.every_steps == 0
-        if due and not control.should_training_stop:
+        if not self.every_steps or state.global_step % self.every_steps != 0:
+            return
+        if not self.trainer.stopped:
             self.write(state.global_step)
+        if self.trainer.stopped:
+            self.trainer.put_off(SAMPLES)
 
 
 class AgreementCallback(TrainerCallback):  # type: ignore[misc]
-    """Stops all ranks at the same step, with a checkpoint."""
+    """Stops all ranks at the same step, with a checkpoint.
 
-    def __init__(self, trainer: Any, stop: StopRequest) -> None:
-        self.trainer, self.stop = trainer, stop
+    Evaluation and samples can wait, a grace period cannot: they are put off to the resume.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a stop is a flag that is looked at once a step."""
-        self.stop.training = True
+        self.trainer.ranks.stop.training = True
+        if EVALUATION in self.trainer.owed:
+            self.trainer.make_up_evaluation()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the order its epoch: no wrapper of the loader passes it on in every case."""
@@ -144,10 +156,17 @@ class AgreementCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer.agree_on_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop where any rank was asked to; evaluation can wait, a grace period cannot."""
+        """Stop where any rank was asked to."""
         if self.trainer.agreement.stop:
-            control.should_save = control.should_training_stop = self.trainer.stopped = True
+            if control.should_evaluate:
+                self.trainer.put_off(EVALUATION)
             control.should_evaluate = False
+            self.trainer.stop_here()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave an evaluation between two batches, of which all ranks have as many."""
+        if self.trainer.ranks.stop_wanted():
+            raise EvaluationStopped
 
 
 class EarlyStopSaveCallback(TrainerCallback):  # type: ignore[misc]

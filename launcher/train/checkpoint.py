@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,22 @@ from launcher.runs.checkpoints import (
     SEAL,
     Checkpoint,
     Skipped,
+    check_contents,
+    checkpoint_folders,
     describe,
     digests,
     file_names,
     folder_name,
-    newest_whole,
+    read_seal,
     remove_unsealed,
     rotate,
     seal,
     set_aside,
-    whole,
 )
 from launcher.runs.directory import RunDirectory
 from launcher.train.control import Ranks
 from launcher.train.health import Health
+from launcher.train.order import rows_digest
 from launcher.train.save import NOT_KEPT
 from launcher.train.tensors import inner_optimizer, load_tensors, save_tensors
 
@@ -56,6 +58,7 @@ class CheckpointStore:
 
     def __init__(self, plan: Plan, run: RunDirectory, ranks: Ranks, health: Health) -> None:
         self.plan, self.run, self.ranks, self.health = plan, run, ranks, health
+        self._digest: str | None = None
 
     def find(self, say: Callable[[str], object]) -> Checkpoint | None:
         """The newest whole checkpoint, the same on every rank; collective.
@@ -63,20 +66,38 @@ class CheckpointStore:
         Args:
             say: told by rank 0 what was skipped, and why.
         """
-        found: Checkpoint | None = None
+        found, skipped = self._newest_whole()
         if self.ranks.rank == 0:
-            found, skipped = newest_whole(self.run.checkpoints)
             describe(skipped, say)
             remove_unsealed(self.run.checkpoints)
             set_aside(self.run.checkpoints, skipped)
-            source = self.plan.worker.resume_from
-            if found is None and source is not None:
-                other = whole(Path(source))
-                if isinstance(other, Skipped):
-                    raise RuntimeError(f"{source} cannot be resumed from: {other.reason}")
-                found = other
-        chosen: Checkpoint | None = self.ranks.from_first(found)
-        return chosen
+        source = self.plan.worker.resume_from
+        if found is not None or source is None:
+            return found
+        other = self._whole(Path(source))
+        if isinstance(other, Checkpoint):
+            return other
+        raise RuntimeError(f"{source} cannot be resumed from: {other.reason}")
+
+    def _newest_whole(self) -> tuple[Checkpoint | None, list[Skipped]]:
+        folders = checkpoint_folders(self.run.checkpoints) if self.ranks.rank == 0 else None
+        skipped: list[Skipped] = []
+        for folder in self.ranks.from_first(folders):
+            found = self._whole(folder)
+            if isinstance(found, Checkpoint):
+                return found, skipped
+            skipped.append(found)
+        return None, skipped
+
+    def _whole(self, folder: Path) -> Checkpoint | Skipped:
+        """A folder's checkpoint; its files are read by all ranks, each a share of them."""
+        seal_of_first = read_seal(folder) if self.ranks.rank == 0 else None
+        found: Checkpoint | Skipped = self.ranks.from_first(seal_of_first)
+        if isinstance(found, Skipped):
+            return found
+        mine = list(found.record["files"])[self.ranks.rank :: self.ranks.world]
+        problems = self.ranks.gather(check_contents(found, mine))
+        return next((problem for problem in problems if problem is not None), found)
 
     def save(self, trainer: Any) -> Checkpoint:
         """Write, seal and rotate; collective. What fails leaves the earlier ones as they are."""
@@ -114,18 +135,29 @@ class CheckpointStore:
                 f"the dataset has {trainer.order.rows:,} rows, {checkpoint.path.name} was made "
                 f"with {rows:,}: rows would be seen twice or skipped"
             )
+        digest = checkpoint.record["rows_digest"]
+        if digest is not None and digest != self._rows_digest(trainer):
+            raise RuntimeError(
+                f"the dataset's rows, or how they become tokens, are not those that "
+                f"{checkpoint.path.name} was made with: this would be another run"
+            )
         load_tensors(trainer, checkpoint.path / STATE)
         progress = torch.load(checkpoint.path / PROGRESS, map_location="cpu", weights_only=True)
         _load_scheduler(trainer, progress["scheduler"])
-        scaler = getattr(trainer.accelerator, "scaler", None)
-        if scaler is not None and progress["scaler"] is not None:
-            scaler.load_state_dict(progress["scaler"])
+        put_back_loss_scale(trainer, progress["scaler"])
         trainer._total_train_tokens = progress["tokens"]  # noqa: SLF001 - TRL's only counter
         for callback in trainer.callback_handler.callbacks:
             if hasattr(callback, "early_stopping_patience_counter"):
                 callback.early_stopping_patience_counter = progress["patience"]
                 trainer.nothing_left = progress["patience"] >= callback.early_stopping_patience
         self.health.load_state(progress["health"])
+        trainer.owed = set(progress["owed"])
+
+    def _rows_digest(self, trainer: Any) -> str | None:
+        """Of the prepared rows; computed once, for they do not change in a run."""
+        if self._digest is None and trainer.order is not None:
+            self._digest = rows_digest(trainer.train_dataset)
+        return self._digest
 
     def load_random(self, checkpoint: Checkpoint) -> None:
         """This rank's random states, or new ones where the number of ranks is another."""
@@ -146,7 +178,6 @@ class CheckpointStore:
         for name in NOT_KEPT:
             (folder / name).unlink(missing_ok=True)
         trainer.state.save_to_json(str(folder / TRAINER_STATE))
-        scaler = getattr(trainer.accelerator, "scaler", None)
         patience = [
             callback.early_stopping_patience_counter
             for callback in trainer.callback_handler.callbacks
@@ -154,10 +185,11 @@ class CheckpointStore:
         ]
         progress = {
             "scheduler": trainer.lr_scheduler.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "scaler": loss_scale(trainer),
             "tokens": trainer._total_train_tokens,  # noqa: SLF001 - TRL's only counter
             "patience": patience[0] if patience else 0,
             "health": self.health.state(),
+            "owed": sorted(trainer.owed),
         }
         torch.save(progress, folder / PROGRESS)
 
@@ -181,6 +213,7 @@ class CheckpointStore:
             "step": trainer.state.global_step,
             "epoch": trainer.state.epoch,
             "rows": trainer.order.rows if trainer.order else None,
+            "rows_digest": self._rows_digest(trainer),
             "world": self.ranks.world,
             "global_batch_size": batch.global_batch_size,
             "micro_batch_size": batch.micro_batch_size,
@@ -204,6 +237,36 @@ def _load_scheduler(trainer: Any, state: dict[str, Any]) -> None:
     trainer.lr_scheduler.load_state_dict({**state, **lists})
     for group in groups:
         group["lr"] = state["_last_lr"][0]
+
+
+def loss_scale(trainer: Any) -> dict[str, Any] | None:
+    """State of the fp16 loss scaler: torch's, or DeepSpeed's own; None without one."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if scaler is not None:
+        return {"kind": "torch", **scaler.state_dict()}
+    scaler = _deepspeed_scaler(trainer)
+    return None if scaler is None else {"kind": "deepspeed", **_numbers(scaler)}
+
+
+def put_back_loss_scale(trainer: Any, state: Mapping[str, Any] | None) -> None:
+    """Go on with a loss scale; one of another engine starts anew, and finds its scale again."""
+    values = dict(state or {})
+    kind = values.pop("kind", None)
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if kind == "torch" and scaler is not None:
+        scaler.load_state_dict(values)
+    elif kind == "deepspeed" and (own := _deepspeed_scaler(trainer)) is not None:
+        vars(own).update(values)
+
+
+def _deepspeed_scaler(trainer: Any) -> Any:
+    """The dynamic loss scaler of a DeepSpeed optimizer under fp16 (deepspeed 0.19)."""
+    scaler = getattr(getattr(trainer.model_wrapped, "optimizer", None), "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def _numbers(scaler: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(scaler).items() if type(value) in (int, float)}
 
 
 def random_states() -> dict[str, Any]:

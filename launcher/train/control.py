@@ -32,6 +32,10 @@ class StoppedBeforeTraining(BaseException):
     """A stop was asked for while there was nothing to save yet."""
 
 
+class EvaluationStopped(Exception):  # noqa: N818 - nothing went wrong
+    """A stop was asked for in an evaluation; raised on all ranks at the same batch."""
+
+
 class StopRequest:
     """Whether this rank was asked to stop, by signal or by the clock."""
 
@@ -163,6 +167,19 @@ class Ranks:
             torch.distributed.all_reduce(values, group=self.group)
         stop, bad, total, norm = values.tolist()
         return Agreement(stop > 0, total / self.world, norm / self.world, finite=not bad)
+
+    def stop_wanted(self) -> bool:
+        """Whether any rank was asked to stop; one all-reduce of one number."""
+        import torch
+
+        wanted = torch.tensor(float(self.stop.wanted))
+        if self.group is not None:
+            torch.distributed.all_reduce(wanted, group=self.group)
+        return bool(wanted)
+
+    def stop_reasons(self) -> list[str]:
+        """Why ranks were asked to stop, those that were."""
+        return [reason for reason in self.gather(self.stop.reason) if reason]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks, on every rank."""

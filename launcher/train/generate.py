@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from launcher.train.control import EvaluationStopped
 from launcher.train.state import wrapped_type
 
 GENERATION_BATCH = 32
@@ -28,6 +29,9 @@ def answers(
 
     Returns:
         The same list on every rank, in the order of the prompts.
+
+    Raises:
+        EvaluationStopped: where a stop was asked for; looked at between batches.
     """
     if not prompts:
         return []
@@ -42,6 +46,8 @@ def answers(
     with _model_for_generation(trainer) as (model, synced):
         for start in range(0, share, GENERATION_BATCH):
             trainer.heartbeat.beat()
+            if trainer.ranks.stop_wanted():
+                raise EvaluationStopped
             batch = mine[start : start + GENERATION_BATCH]
             found += _generate(model, tokenizer, batch, max_new_tokens, synced)
     gathered = gather_object(found) if world > 1 else found

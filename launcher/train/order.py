@@ -8,6 +8,7 @@ unmasked tokens of the global batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from torch.utils.data import Sampler
 
 IGNORED_LABEL = -100
+# Rows of a larger dataset that its digest is made of, evenly spread over it.
+DIGESTED_ROWS = 4096
+TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 
 class GlobalBatchOrder(Sampler[int]):  # type: ignore[misc]
@@ -69,6 +73,25 @@ class GlobalBatchOrder(Sampler[int]):  # type: ignore[misc]
         """How many sequences of an optimizer step are only there to fill it."""
         start = step % self.steps * self.global_batch_size
         return max(0, start + self.global_batch_size - self.rows)
+
+
+def rows_digest(prepared: Any) -> str:
+    """SHA-256 of prepared rows, in their order: of all, or of so many from first to last.
+
+    Args:
+        prepared: a `datasets.Dataset` of tokens.
+    """
+    count = len(prepared)
+    if count > DIGESTED_ROWS:
+        chosen = [i * (count - 1) // (DIGESTED_ROWS - 1) for i in range(DIGESTED_ROWS)]
+        prepared = prepared.select(chosen)
+    digest = hashlib.sha256(str(count).encode())
+    for name in TOKEN_COLUMNS:
+        if name in prepared.column_names:
+            digest.update(name.encode())
+            for row in prepared.with_format("numpy")[name]:
+                digest.update(len(row).to_bytes(8, "big") + row.astype("int64").tobytes())
+    return digest.hexdigest()
 
 
 def positions(micro_step: int, rank: int, world: int, micro_batch_size: int) -> range:

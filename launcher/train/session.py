@@ -19,7 +19,13 @@ from launcher.train.callbacks import (
     SamplesCallback,
 )
 from launcher.train.checkpoint import CheckpointStore
-from launcher.train.control import Heartbeat, Ranks, StopRequest
+from launcher.train.control import (
+    EvaluationStopped,
+    Heartbeat,
+    Ranks,
+    StoppedBeforeTraining,
+    StopRequest,
+)
 from launcher.train.data import load_rows, split_answer
 from launcher.train.generate import answers
 from launcher.train.health import Health
@@ -33,6 +39,7 @@ from launcher.train.model import (
 )
 from launcher.train.process import rank_of
 from launcher.train.save import save_final
+from launcher.train.shared import check_shared
 from launcher.train.state import check_world, configure_state
 from launcher.train.trainer import CheckedTrainer
 
@@ -49,7 +56,7 @@ def train(plan: Plan, run: RunDirectory, stop: StopRequest) -> None:
     checkpoint = trainer.resumed
     trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     for stage in (_evaluate, examiner.examine_last, _save):
-        if trainer.stopped or _asked_to_stop(trainer, stop):
+        if trainer.stopped or trainer.ranks.stop_wanted():
             _end_early(run, trainer, stop)
             return
         stage(plan, run, trainer)
@@ -70,6 +77,7 @@ def prepare(plan: Plan, run: RunDirectory, stop: StopRequest) -> tuple[Any, Exam
     with arguments.main_process_first(desc="dataset"):
         rows, held_out = load_rows(plan.worker.dataset, arguments.seed)
     ranks = Ranks(stop)
+    check_shared(run, ranks)
     store = CheckpointStore(plan, run, ranks, Health(plan.worker.health["policy"]))
     _stage(run, "looking for a checkpoint")
     checkpoint = store.find(lambda text: _say(run, text))
@@ -84,7 +92,7 @@ def prepare(plan: Plan, run: RunDirectory, stop: StopRequest) -> tuple[Any, Exam
         lambda engine: _stage(run, "loading the checkpoint", engine=engine),
     )
     examiner = Examiner(plan, run, trainer, tokenizer, held_out)
-    for callback in callbacks(plan, run, trainer, stop, examiner):
+    for callback in callbacks(plan, run, trainer, examiner):
         trainer.add_callback(callback)
     _stage(run, "preparing", seconds_to_ready=round(time.monotonic() - started, 3))
     _resume(run, trainer, checkpoint)
@@ -94,7 +102,7 @@ def prepare(plan: Plan, run: RunDirectory, stop: StopRequest) -> tuple[Any, Exam
 def _evaluate(plan: Plan, run: RunDirectory, trainer: Any) -> None:
     if trainer.eval_dataset is not None:
         _stage(run, "evaluating")
-        trainer.evaluate()
+        trainer.evaluate_last()
 
 
 def _save(plan: Plan, run: RunDirectory, trainer: Any) -> None:
@@ -103,16 +111,14 @@ def _save(plan: Plan, run: RunDirectory, trainer: Any) -> None:
     trainer.ranks.wait()
 
 
-def callbacks(
-    plan: Plan, run: RunDirectory, trainer: Any, stop: StopRequest, examiner: Examiner
-) -> list[Any]:
+def callbacks(plan: Plan, run: RunDirectory, trainer: Any, examiner: Examiner) -> list[Any]:
     """The run's callbacks, in the order they are called."""
     worker = plan.worker
     found: list[Any] = [
         RecordCallback(run, trainer),
-        AgreementCallback(trainer, stop),
+        AgreementCallback(trainer),
         HeartbeatCallback(trainer.ranks, trainer.heartbeat, time_limits(plan)[1]),
-        SamplesCallback(worker.samples["every_steps"], examiner.examine),
+        SamplesCallback(trainer, worker.samples["every_steps"], examiner.examine),
     ]
     patience = worker.evaluation["early_stopping_patience"]
     if patience is not None:
@@ -155,14 +161,8 @@ def _resume(run: RunDirectory, trainer: Any, checkpoint: Checkpoint | None) -> N
     run.update_status(resumed_from=checkpoint.path.name, step=checkpoint.step)
 
 
-def _asked_to_stop(trainer: Any, stop: StopRequest) -> bool:
-    """Whether any rank was, between two stages after the training."""
-    return any(trainer.ranks.gather(stop.wanted))
-
-
 def _end_early(run: RunDirectory, trainer: Any, stop: StopRequest) -> None:
-    reasons = [reason for reason in trainer.ranks.gather(stop.reason) if reason]
-    why = reasons[0] if reasons else "a stop request"
+    why = (*trainer.ranks.stop_reasons(), "a stop request")[0]
     _stage(run, f"stopped by {why}", state="preempted", step=trainer.state.global_step)
     trainer.ranks.wait()
     stop.disarm()
@@ -221,7 +221,14 @@ class Examiner:
         if not prompts:
             return
         _stage(self.run, "answering held-out prompts" if held_out else "sampling")
-        found = answers(self.trainer, self.tokenizer, prompts, limit)
+        try:
+            found = answers(self.trainer, self.tokenizer, prompts, limit)
+        except EvaluationStopped:
+            if step == 0:  # there is nothing to save yet, and the next start answers anew
+                reasons = self.trainer.ranks.stop_reasons()
+                raise StoppedBeforeTraining(reasons[0]) from None
+            self.trainer.stop_here()
+            return
         if rank_of() == 0:
             self._write(step, found, held_out)
         _stage(self.run, "training")

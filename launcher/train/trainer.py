@@ -11,8 +11,9 @@ from trl import SFTTrainer
 from launcher.errors import PlanRefused
 from launcher.plan.types import Plan
 from launcher.runs.checkpoints import Checkpoint
+from launcher.train.callbacks import EVALUATION
 from launcher.train.checkpoint import CheckpointStore
-from launcher.train.control import Agreement, Heartbeat, Ranks
+from launcher.train.control import Agreement, EvaluationStopped, Heartbeat, Ranks
 from launcher.train.health import Health, UnhealthyStepError, name_rows
 from launcher.train.order import GlobalBatchOrder, mask_filling, positions
 from launcher.train.save import save_fsdp1
@@ -66,6 +67,7 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         self._grad_norm = 0.0
         self._rows_in_step = 0
         self._loss_spoilt = False
+        self.owed: set[str] = set()
 
     # --- rows ---
 
@@ -155,6 +157,42 @@ class CheckedTrainer(SFTTrainer):  # type: ignore[misc]
         if self._loss_spoilt:
             self._tr_loss.zero_()
             self._loss_spoilt = False
+
+    # --- stopping ---
+
+    def stop_here(self) -> None:
+        """Save and stop at this step; all ranks alike."""
+        self.control.should_save = self.control.should_training_stop = self.stopped = True
+
+    def put_off(self, what: str) -> None:
+        """Leave something due at this step to the resume."""
+        self.owed.add(what)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Nothing where a stop was asked for on the way."""
+        try:
+            found: dict[str, float] = super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.put_off(EVALUATION)
+            self.stop_here()
+            return {}
+        return found
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and bool(super()._determine_best_metric(metrics, trial))
+
+    def make_up_evaluation(self) -> None:
+        """The evaluation that a stop has put off; early stopping may end the training by it."""
+        self.owed.discard(EVALUATION)
+        self._determine_best_metric(self._evaluate(None, None), None)
+        self.nothing_left = self.control.should_training_stop
+
+    def evaluate_last(self) -> None:
+        """After the training: no checkpoint waits for it."""
+        try:
+            self.evaluate()
+        except EvaluationStopped:
+            self.stopped = True
 
     def report(self, message: str) -> None:
         """Say something in rank 0's log."""

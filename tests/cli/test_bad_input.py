@@ -347,6 +347,15 @@ FLAGS = [
 ]
 
 PLANS = [
+    *(
+        Mistake(
+            f"{name} cannot be saved",
+            3,
+            (name, "cannot be saved and resumed", "adamw_torch_fused"),
+            flags=("--set", f"training.optim={name}"),
+        )
+        for name in ("schedule_free_adamw", "galore_adamw_8bit", "apollo_adamw", "lomo", "adalomo")
+    ),
     Mistake(
         "batch does not divide",
         3,

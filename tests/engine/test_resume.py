@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from bench.resume import CHAINS, STRATEGIES, Lab, circle
+from bench.cells import run_cells
+from bench.parity import uneven_rows
+from bench.resume import CHAINS, ROWS, STRATEGIES, Lab, circle
 from launcher.runs.checkpoints import whole
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3000)]
@@ -57,6 +60,18 @@ def test_a_checkpoint_is_what_the_contract_says(lab) -> None:
     assert on_disk - {"complete.json"} == set(record["files"])
     assert "adapter_model.safetensors" in on_disk
     assert whole(folder).step == 6
+
+
+def test_other_rows_are_refused(lab) -> None:
+    source = lab.checkpoint(lab.cell("fsdp", "lora", 2), 6)
+    cell = lab.cell("ddp", "lora", 2, "other-rows", source)
+    other = uneven_rows(lab.folder / "other.jsonl", ROWS)
+    lines = other.read_text().splitlines()
+    other.write_text("".join(f"{line}\n" for line in reversed(lines)))  # as many, in another order
+    changed = dict(cell.settings) | {"dataset.path": str(other)}
+    (outcome,) = run_cells([dataclasses.replace(cell, settings=tuple(changed.items()))], lab.folder)
+    assert outcome.state == "failed"
+    assert "this would be another run" in outcome.detail
 
 
 @pytest.mark.slow

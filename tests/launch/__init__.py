@@ -1,0 +1,1 @@
+"""What has effects: launch, watch, cancel."""
