@@ -491,12 +491,11 @@ def as_markdown(results: Sequence[Result]) -> str:
 
 INTRO = f"""# Faults: what happens to a run on its worst night
 
-Made by `python -m bench.faults --thin 2 --write` (every second kind for each run): real runs of
-the recipe tiny's model on two CPU ranks, {STEPS} steps with a checkpoint every {EVERY}, disturbed
-at a random moment and resumed with `sftlaunch resume` until complete. "Steps lost" were trained
-and had to be trained again: at most the save interval, and at most two where the newest
-checkpoint itself is destroyed. The loss difference is the largest of any step from an undisturbed
-run (bound {BOUND:.0e}).
+Made by `python -m bench.faults --write`: real runs of the recipe tiny's model on two CPU ranks,
+{STEPS} steps with a checkpoint every {EVERY}, disturbed at a random moment and resumed with
+`sftlaunch resume` until complete. "Steps lost" were trained and had to be trained again: at most
+the save interval, and at most two where the newest checkpoint itself is destroyed. The loss
+difference is the largest of any step from an undisturbed run (bound {BOUND:.0e}).
 
 """
 
