@@ -51,9 +51,9 @@ def patch(run: Path) -> None:  # noqa: C901 - one closure over one clock
         else:
             self.trainer._micro_losses = []  # noqa: SLF001
 
-    def beat_every_second(self: Any) -> None:
+    def beat_every_second(self: Any, *args: Any) -> None:
         if state["step"] % 2 == 0:
-            beat(self)
+            beat(self, *args)
 
     def on_train_begin(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
