@@ -4,15 +4,32 @@
 set -euo pipefail
 python=${1:-}
 missing=()
+root=$([ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo yes || true)
+
+# The newest Python that this system offers beside an older python3 (Ubuntu 22.04 has 3.10
+# and offers 3.11).
+offered() {
+  for version in 3.13 3.12 3.11; do
+    if apt-cache show "python$version-venv" >/dev/null 2>&1; then
+      echo "python$version"
+      return
+    fi
+  done
+  echo python3
+}
+
 if [ -z "$python" ]; then
   echo "no Python 3.11 or newer found (transformers 5.23 asks for it)" >&2
-  missing+=(python3 python3-venv python3-dev)
+  [ -z "$root" ] || apt-get update -qq
+  name=$(offered)
+  missing+=("$name" "$name-venv" "$name-dev")
 elif ! command -v "$python" >/dev/null; then
   echo "error: PYTHON=$python is not there" >&2
   exit 1
 else
-  "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-  "$python" - <<'PY' 2>/dev/null || missing+=(python3-dev)
+  name=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=("$name-venv")
+  "$python" - <<'PY' 2>/dev/null || missing+=("$name-dev")
 import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
 PY
@@ -26,7 +43,7 @@ if [ "${2:-}" = slurm ] && [ "$(id -u)" = 0 ]; then
 fi
 [ ${#missing[@]} -eq 0 ] && exit 0
 command="apt-get install -y ${missing[*]}"
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+if [ -n "$root" ]; then
   echo "installing: ${missing[*]}" >&2
   apt-get update -qq && DEBIAN_FRONTEND=noninteractive $command -qq >/dev/null
 else
