@@ -3,13 +3,15 @@
 Each case starts a real run by `sftlaunch`, does something bad to it at a random moment, and
 goes on with `sftlaunch resume` until it is complete. Its losses are compared with those of
 an undisturbed run of the same seed. `python -m bench.faults` runs them all and writes
-docs/faults.md with `--write`; `--only NAME` runs one kind.
+docs/faults.md with `--write`; `--only NAME` runs one kind. It takes an hour or more: `--log FILE`
+goes on with what was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -317,6 +320,7 @@ class Result:
 
     fault: str
     setting: Setting
+    seed: int
     recovered: bool
     resumes: int
     steps_lost: int
@@ -423,7 +427,7 @@ def follow_up(
     same = found.keys() == undisturbed.keys()
     difference = max(abs(found[s] - undisturbed[s]) for s in found) if same else None
     complete = run.read_status().get("state") == "completed" and (run.final).is_dir()
-    return Result(fault, setting, complete, resumes, lost, difference, notes)
+    return Result(fault, setting, seed, complete, resumes, lost, difference, notes)
 
 
 @contextlib.contextmanager
@@ -489,6 +493,33 @@ def as_markdown(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def seeds(number: int, count: int) -> range:
+    """Every run draws its own moment; the number makes it the same next time."""
+    return range(number * count, (number + 1) * count)
+
+
+def say(result: Result, log: Path | None) -> None:
+    """One line a run, on standard output and into the log."""
+    row = {**dataclasses.asdict(result), "setting": result.setting.name, "good": result.good}
+    line = json.dumps(row) + "\n"
+    sys.stdout.write(line)
+    sys.stdout.flush()
+    if log is not None:
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(line)
+
+
+def read_results(log: Path | None) -> list[Result]:
+    """What an earlier start has logged."""
+    names = {setting.name: setting for setting in SETTINGS_UNDER_TEST}
+    found = []
+    for line in log.read_text(encoding="utf-8").splitlines() if log and log.is_file() else ():
+        row = json.loads(line)
+        row.pop("good")
+        found.append(Result(**{**row, "setting": names[row["setting"]]}))
+    return found
+
+
 INTRO = f"""# Faults: what happens to a run on its worst night
 
 Made by `python -m bench.faults --write`: real runs of the recipe tiny's model on two CPU ranks,
@@ -508,36 +539,31 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--thin", type=int, default=1, help="only every Nth kind in each setting")
     parser.add_argument("--write", action="store_true", help="write docs/faults.md")
+    parser.add_argument("--log", type=Path, help="results so far; what is in it is not run again")
     options = parser.parse_args()
     kinds = options.only or [*FAULTS, DISK_FULL]
-    results: list[Result] = []
+    results = read_results(options.log)
+    done = Counter((result.fault, result.setting) for result in results)
     with tempfile.TemporaryDirectory(prefix="sftlaunch-faults-") as name:
         folder = Path(name)
         for place, setting in enumerate(SETTINGS_UNDER_TEST):
             if options.settings and setting.name not in options.settings:
                 continue
-            undisturbed = reference(setting, folder)
-            for fault in kinds[place % options.thin :: options.thin]:
-                # Every run draws its own moment; the number makes it the same next time.
-                for seed in range(len(results), len(results) + options.seeds):
-                    begun = time.monotonic()
-                    if fault == DISK_FULL:
-                        result = fill_disk(setting, folder, seed, undisturbed)
-                    else:
-                        result = disturb(fault, setting, folder, seed, undisturbed)
-                    results.append(result)
-                    row = {
-                        "fault": fault,
-                        "run": setting.name,
-                        "good": result.good,
-                        "lost": result.steps_lost,
-                        "resumes": result.resumes,
-                        "difference": result.difference,
-                        "notes": result.notes,
-                        "seconds": round(time.monotonic() - begun, 1),
-                    }
-                    sys.stdout.write(json.dumps(row) + "\n")
-                    sys.stdout.flush()
+            todo = [
+                (fault, seed)
+                for number, fault in enumerate(kinds)
+                for seed in seeds(number * len(SETTINGS_UNDER_TEST) + place, options.seeds)
+                if number % options.thin == place % options.thin
+            ]
+            todo = [(fault, seed) for fault, seed in todo if not done[fault, setting]]
+            undisturbed = reference(setting, folder) if todo else {}
+            for fault, seed in todo:
+                if fault == DISK_FULL:
+                    result = fill_disk(setting, folder, seed, undisturbed)
+                else:
+                    result = disturb(fault, setting, folder, seed, undisturbed)
+                results.append(result)
+                say(result, options.log)
     text = as_markdown(results)
     sys.stdout.write(text)
     if options.write:
