@@ -17,6 +17,7 @@ from launcher.plan.types import Plan
 from launcher.render.slurm import SCRIPT, Origin, job_script
 from launcher.render.torchrun import command_script, launch_environment, torchrun_argv
 from launcher.spec.document import FLOAT
+from launcher.spec.schema import Spec
 
 
 class _Dumper(yaml.SafeDumper):
@@ -53,8 +54,7 @@ def with_files(
     environment = launch_environment(plan.topology, cpu_count, plan.worker.limits["max_restarts"])
     files = {
         "accelerate.yaml": yaml_text(_replaced(planned.engine.accelerate, run_directory)),
-        "spec.yaml": f"# Resolved by sftlaunch {__version__}: every value is explicit.\n"
-        + yaml_text(spec_as_mapping(planned.spec)),
+        "spec.yaml": spec_text(planned.spec),
     }
     if slurm is not None:
         files[SCRIPT] = job_script(plan, planned.spec, run_directory, slurm)
@@ -68,6 +68,12 @@ def with_files(
 def run_files(plan: Plan) -> dict[str, str]:
     """The files with plan.json, which lists the others and so cannot list itself."""
     return {**plan.files, "plan.json": json.dumps(plan.as_json(), indent=1) + "\n"}
+
+
+def spec_text(spec: Spec) -> str:
+    """spec.yaml of a resolved spec."""
+    made = f"# Resolved by sftlaunch {__version__}: every value is explicit.\n"
+    return made + yaml_text(spec_as_mapping(spec))
 
 
 def yaml_text(values: Any) -> str:

@@ -131,7 +131,7 @@ def parse_axis(text: str) -> Axis:
     flag = f"--sweep {said}"
     nodes = _items(values, flag)
     parsed = tuple(construct(Loader(""), node, (), {}, flag) for node in nodes)
-    texts = tuple(_said(node) for node in nodes)
+    texts = tuple(_said(node, f"[{values}]") for node in nodes)
     seen: dict[str, str] = {}
     for value, word in zip(parsed, texts, strict=True):
         same = _canonical(value)
@@ -219,12 +219,11 @@ def _items(values: str, flag: str) -> list[yaml.Node]:
     return list(node.value)
 
 
-def _said(node: yaml.Node) -> str:
+def _said(node: yaml.Node, whole: str) -> str:
     """A value's own words, on one line."""
     if isinstance(node, yaml.ScalarNode):
         return " ".join(str(node.value).split()) or "''"
-    text = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
-    return " ".join(text.split())
+    return " ".join(whole[node.start_mark.index : node.end_mark.index].split())
 
 
 def _canonical(value: Any) -> str:
@@ -265,5 +264,5 @@ def _refuse_unswept(axis: Axis, target: str) -> None:
             "sweep_key",
             f"{axis.flag} cannot be swept in one job",
             why="all tasks of a job array ask for the same nodes and start the same ranks",
-            fix=f"make one sweep a value, each with --set {axis.key}=... and an --output of its own",
+            fix=f"make one sweep a value, with --set {axis.key}=... and an --output of its own",
         )
