@@ -163,7 +163,7 @@ def _decide(common: Source, axes: Sequence[Axis], request: Request, output: str)
     runs = []
     for one in found:
         with _named(one):
-            runs.append(_decide_run(common, one, sweep, facts))
+            runs.append(_decide_run(common, one, sweep, request.target, facts))
     script = None
     if request.target == "slurm":
         script = array_script([one.planned for one in runs], path, origin())
@@ -171,7 +171,7 @@ def _decide(common: Source, axes: Sequence[Axis], request: Request, output: str)
 
 
 def _decide_run(
-    common: Source, one: Combination, sweep: SweepDirectory, facts: dict[str, Facts]
+    common: Source, one: Combination, sweep: SweepDirectory, target: str, facts: dict[str, Facts]
 ) -> SweptRun:
     run = RunDirectory(sweep.path / one.name)
     place = Override("output", str(run.path), "--output")
@@ -183,7 +183,8 @@ def _decide_run(
     planned = make_plan(spec, known)
     if run.exists():
         planned = _as_it_was(run, spec, planned, known)
-    plan = with_files(planned, str(run.path), known.cpu_count)
+    # On Slurm there is one script for all, beside the runs.
+    plan = with_files(planned, str(run.path), known.cpu_count, script=target == "local")
     return SweptRun(one, run, dataclasses.replace(planned, plan=plan), known)
 
 
@@ -439,9 +440,11 @@ def _write(decided: DecidedSweep, runs: Sequence[SweptRun], jobs: tuple[int, ...
         write_atomic(sweep.path / SCRIPT, decided.script)
     for one in runs:
         remove_unsealed(one.run.checkpoints)  # what a full disk has left makes room
-        one.run.create(run_files(one.planned.plan))
-        attempt = int(one.run.read_status().get("attempt") or 0)
-        one.run.update_status(state="planned", attempt=attempt, error=None, notes=[])
+        # Not durable: nothing is lost with a run that has not begun, and resume writes it again.
+        durable = one.run.exists()
+        one.run.create(run_files(one.planned.plan), durable=durable)
+        if decided.script is None:  # Slurm's says that it is queued
+            one.run.update_status(durable=durable, state="planned", error=None, notes=[])
 
 
 def _submit(decided: DecidedSweep, left: Sequence[int], request: Request) -> ExitCode:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import PlanRefused
 from launcher.launch.slurm import (
@@ -89,8 +90,13 @@ def submit_array(sweep: SweepDirectory, tasks: Sequence[int], throttle: int | No
     try:
         for task in tasks:
             name = task_name(job, task)
-            slurm = {"job": name, "jobs": [name]}
-            runs[task].update_status(state="queued", stage="queued", slurm=slurm)
+            said: dict[str, Any] = {
+                "slurm": {"job": name, "jobs": [name]},
+                "error": None,
+                "notes": [],
+            }
+            # Not durable: a thousand waits for the disk, for what the array's record says too.
+            runs[task].update_status(durable=False, state="queued", stage="queued", **said)
         record = sweep.read()
         sweep.write(dataclasses.replace(record, jobs=(*record.jobs, job)))
         release(job)

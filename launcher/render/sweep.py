@@ -73,16 +73,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _common(rows: Sequence[Row]) -> Iterable[tuple[str, str]]:
     """Entries of the runs' plans: once where all agree, the different ones else."""
-    found: dict[str, list[list[str]]] = {}
+    found: dict[str, dict[int, list[str]]] = {}
     for number, row in enumerate(rows):
         plan, spec = row.planned.plan, row.planned.spec
         for label, text in entries(plan, spec, row.parameters, row.rows, ""):
-            texts = found.setdefault(label, [[] for _ in rows])
-            texts[number].append(text)
+            found.setdefault(label, {}).setdefault(number, []).append(text)
     for label, texts in found.items():
         if label in OWN:
             continue
-        different = list(dict.fromkeys("; ".join(each) or "none" for each in texts))
+        said = ("; ".join(texts.get(number, ["none"])) for number in range(len(rows)))
+        different = list(dict.fromkeys(said))
         text = " | ".join(different[:SHOWN_TEXTS])
         if len(different) > SHOWN_TEXTS:
             text += f" | and {len(different) - SHOWN_TEXTS:,} more"
