@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import PlanRefused
 from launcher.launch.slurm import (
@@ -90,13 +89,11 @@ def submit_array(sweep: SweepDirectory, tasks: Sequence[int], throttle: int | No
     try:
         for task in tasks:
             name = task_name(job, task)
-            said: dict[str, Any] = {
-                "slurm": {"job": name, "jobs": [name]},
-                "error": None,
-                "notes": [],
-            }
+            slurm = {"job": name, "jobs": [name]}
             # Not durable: a thousand waits for the disk, for what the array's record says too.
-            runs[task].update_status(durable=False, state="queued", stage="queued", **said)
+            runs[task].update_status(
+                durable=False, state="queued", stage="queued", slurm=slurm, error=None, notes=[]
+            )
         record = sweep.read()
         sweep.write(dataclasses.replace(record, jobs=(*record.jobs, job)))
         release(job)
