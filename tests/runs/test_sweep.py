@@ -43,9 +43,8 @@ def test_a_task_leads_to_its_run_also_after_a_move(tmp_path: Path) -> None:
 def test_one_launcher_holds_a_sweep(tmp_path: Path) -> None:
     sweep = SweepDirectory(tmp_path / "sweep")
     sweep.create(RECORD)
-    with sweep.held() as first:
-        with SweepDirectory(sweep.path).held() as second:
-            assert (first, second) == (True, False)
+    with sweep.held() as first, SweepDirectory(sweep.path).held() as second:
+        assert (first, second) == (True, False)
     with sweep.held() as again:
         assert again
 
