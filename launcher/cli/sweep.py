@@ -311,12 +311,8 @@ def _start(decided: DecidedSweep, request: Request) -> ExitCode:
     _check_ready(decided, [decided.runs[place] for place in left], live, request)
     show_plan(decided, request, to_stderr=request.json)
     if states:
-        done = len(decided.runs) - len(left)
-        click.echo(
-            f"resume     {decided.output}: {plural(len(left), 'run')} of {len(decided.runs)}, "
-            f"{done} complete or on their way",
-            err=request.json,
-        )
+        number = f"{len(left):,} of {plural(len(decided.runs), 'run')}"
+        click.echo(f"resume     {decided.output}: {number} left to start", err=request.json)
     if request.target == "slurm":
         return _submit(decided, left, request)
     from launcher.cli.sweep_local import run_in_sequence
@@ -334,7 +330,7 @@ def _nothing_left(decided: DecidedSweep, request: Request) -> ExitCode:
     live = ask_live(decided.sweep)
     if live and not request.detach:
         follow_sweep(decided.sweep)
-    return end_of(decided.sweep, decided.output, request.json)
+    return end_of(decided.sweep, request.json)
 
 
 def _check_ready(
@@ -468,7 +464,7 @@ def _submit(decided: DecidedSweep, left: Sequence[int], request: Request) -> Exi
     except KeyboardInterrupt:
         click.echo(f"\njob array {job} goes on; sftlaunch cancel {job} stops it", err=True)
         return ExitCode.DONE
-    return end_of(fresh, decided.output, request.json)
+    return end_of(fresh, request.json)
 
 
 def show_plan(decided: DecidedSweep, request: Request, *, to_stderr: bool = False) -> None:

@@ -53,7 +53,7 @@ def run_in_sequence(decided: DecidedSweep, left: Sequence[int], request: Request
                 decided.runs[place].run.update_status(state="failed", error=message)
     click.echo("", err=True)
     asked = stop.asked or sweep.cancelled.exists()
-    code = end_of(sweep, decided.output, request.json)
+    code = end_of(sweep, request.json)
     return ExitCode.PREEMPTED if asked and code is not ExitCode.DONE else code
 
 

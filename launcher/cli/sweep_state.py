@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -17,6 +18,7 @@ from launcher.insight.find import find_sweep
 from launcher.insight.sweep import RunState, count_states, run_states
 from launcher.launch.processes import ask_to_stop, end_all, members
 from launcher.launch.slurm_array import Task
+from launcher.render.quote import shell_line
 from launcher.render.sweep import table
 from launcher.render.text import duration
 from launcher.runs.sweep import SweepDirectory
@@ -167,7 +169,7 @@ def follow_sweep(sweep: SweepDirectory) -> None:
             settle(one.run)
 
 
-def end_of(sweep: SweepDirectory, output: str, as_json: bool) -> ExitCode:
+def end_of(sweep: SweepDirectory, as_json: bool) -> ExitCode:
     """The table of final losses, what is left to do, and the exit code of the whole."""
     states = run_states(sweep, None)
     if as_json:
@@ -179,8 +181,14 @@ def end_of(sweep: SweepDirectory, output: str, as_json: bool) -> ExitCode:
     found = count_states(states)
     if found.keys() == {"completed"}:
         return ExitCode.DONE
-    click.echo(f"go on with: sftlaunch resume {output}", err=True)
+    click.echo(f"go on with: {_way_on(sweep)}", err=True)
     return ExitCode.RUN_FAILED if "failed" in found else ExitCode.PREEMPTED
+
+
+def _way_on(sweep: SweepDirectory) -> str:
+    queued = any(run.read_status().get("slurm") for run in sweep.runs)
+    path = os.path.relpath(sweep.path)
+    return shell_line(["sftlaunch", "resume", path, *(["--on=slurm"] if queued else [])])
 
 
 def cancel_sweep(sweep: SweepDirectory, *, now: bool) -> ExitCode:
@@ -201,7 +209,7 @@ def cancel_sweep(sweep: SweepDirectory, *, now: bool) -> ExitCode:
     if here:
         _cancel_here(sweep, now)
     states = run_states(sweep, None)
-    click.echo(f"{sweep.path}  {counts_text(states)}; go on with: sftlaunch resume {sweep.path}")
+    click.echo(f"{sweep.path}  {counts_text(states)}; go on with: {_way_on(sweep)}")
     return ExitCode.DONE
 
 

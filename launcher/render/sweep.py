@@ -11,6 +11,8 @@ from launcher.render.text import advice_text, duration, entries, entry, plural
 
 # Different texts of one entry that are shown, and lines of a table.
 SHOWN_TEXTS, SHOWN_RUNS = 3, 40
+# Values of an axis that are shown.
+SHOWN_VALUES = 8
 # What the sweep itself says in its own words.
 OWN = ("output", "command", "warning")
 
@@ -45,7 +47,7 @@ def sweep_lines(
         output: the sweep's folder, as the user named it.
         width: columns of the terminal.
     """
-    product = " x ".join(f"{name} {', '.join(texts)}" for name, texts in axes)
+    product = " x ".join(f"{name} {_values(texts)}" for name, texts in axes)
     lines = entry("sweep", f"{plural(len(rows), 'run')}: {product}", width)
     lines += entry("jobs", jobs, width)
     for label, text in _common(rows):
@@ -69,6 +71,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     if len(rows) > len(shown):
         lines.append(f"and {len(rows) - len(shown):,} more; --json has all of them")
     return lines
+
+
+def _values(texts: Sequence[str]) -> str:
+    if len(texts) <= SHOWN_VALUES:
+        return ", ".join(texts)
+    return f"{', '.join(texts[: SHOWN_VALUES - 1])}, ... {texts[-1]} ({len(texts):,} values)"
 
 
 def _common(rows: Sequence[Row]) -> Iterable[tuple[str, str]]:
