@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,11 +18,13 @@ from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.insight.find import find_sweep
 from launcher.insight.sweep import RunState, count_states, run_states
 from launcher.launch.processes import ask_to_stop, end_all, members
-from launcher.launch.slurm_array import Task
 from launcher.render.quote import shell_line
-from launcher.render.sweep import table
+from launcher.render.table import table
 from launcher.render.text import duration
 from launcher.runs.sweep import SweepDirectory
+
+if TYPE_CHECKING:
+    from launcher.launch.slurm_array import Task
 
 POLL_SECONDS = 1.0
 CANCEL_POLL_SECONDS = 0.2

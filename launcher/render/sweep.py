@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from launcher.plan.make import Planned
+from launcher.render.table import table
 from launcher.render.text import advice_text, duration, entries, entry, plural
 
-# Different texts of one entry that are shown, and lines of a table.
-SHOWN_TEXTS, SHOWN_RUNS = 3, 40
+# Different texts of one entry that are shown.
+SHOWN_TEXTS = 3
 # Values of an axis that are shown.
 SHOWN_VALUES = 8
 # What the sweep itself says in its own words.
@@ -58,19 +59,6 @@ def sweep_lines(
         lines += entry("warning", f"{text}{where}", width)
     names = [name for name, _ in axes]
     return [*lines, "", *table(("#", *names, "time", "folder"), _cells(rows))]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns aligned to the left; long tables are cut, and say so."""
-    shown = rows[:SHOWN_RUNS]
-    widths = [max(len(row[at]) for row in (header, *shown)) for at in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *shown)
-    ]
-    if len(rows) > len(shown):
-        lines.append(f"and {len(rows) - len(shown):,} more; --json has all of them")
-    return lines
 
 
 def _values(texts: Sequence[str]) -> str:
