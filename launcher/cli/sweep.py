@@ -406,19 +406,18 @@ def written(decided: DecidedSweep, left: Sequence[int]) -> Iterator[None]:
         SpecError: where it cannot be written.
     """
     sweep = decided.sweep
-    fresh = not sweep.exists()
     runs = [decided.runs[place] for place in left]
+    fresh = not sweep.exists()
+    jobs = () if fresh else sweep.read().jobs
+    own = sweep.snapshot()
     before = {} if fresh else {one.run: one.run.snapshot() for one in runs}
-    old = None if fresh else sweep.read()
     try:
-        _write(decided, runs, () if old is None else old.jobs)
+        _write(decided, runs, jobs)
         yield
     except BaseException as error:
-        if old is None:
-            shutil.rmtree(sweep.path, ignore_errors=True)
-        else:
-            sweep.write(old)
-            for run, files in before.items():
+        sweep.restore(own)
+        for run, files in before.items():
+            if run.path.exists():
                 run.restore(files)
         if isinstance(error, OSError):
             raise SpecError(

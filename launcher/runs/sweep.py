@@ -94,9 +94,22 @@ class SweepDirectory:
             if not link.is_symlink():
                 link.symlink_to(Path("..") / run["name"])
 
-    def remove(self) -> None:
-        """Undo `create` and all that was made below it."""
-        shutil.rmtree(self.path)
+    def snapshot(self) -> dict[str, bytes] | None:
+        """The files beside the runs, for `restore`; None where there is no sweep yet."""
+        if not self.exists():
+            return None
+        return {path.name: path.read_bytes() for path in self.path.iterdir() if path.is_file()}
+
+    def restore(self, before: Mapping[str, bytes] | None) -> None:
+        """Undo what changed beside the runs; a sweep that is new goes with all its runs."""
+        if before is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        for path in [path for path in self.path.iterdir() if path.is_file()]:
+            if path.name not in before:
+                path.unlink()
+        for name, content in before.items():
+            (self.path / name).write_bytes(content)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:

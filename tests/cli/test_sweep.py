@@ -223,6 +223,15 @@ def test_a_stop_leaves_the_rest_unstarted(number: signal.Signals, late: bool, en
     assert ends.order == ([1, 2, 3] if late else [1, 2, 2, 3])
 
 
+def test_a_stop_is_said_also_where_a_run_has_failed(ends: Ends) -> None:
+    def stop() -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return "preempted"
+
+    ends |= {1: "failed", 2: stop}
+    assert sftlaunch("--sweep=seed=1,2,3").code == ExitCode.PREEMPTED
+
+
 def test_a_signal_within_a_run_is_heard_around_it() -> None:
     with StopSignals() as around:
         with StopSignals() as within:

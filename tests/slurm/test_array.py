@@ -13,7 +13,7 @@ import pytest
 from launcher.runs.sweep import SweepDirectory
 from tests.slurm.cluster import Cluster, command
 from tests.slurm.conftest import SHORT, Queued, sft
-from tests.support import ROOT
+from tests.support import ROOT, tree
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 TINY = str(ROOT / "recipes" / "tiny" / "sft.yaml")
@@ -155,3 +155,33 @@ def test_more_runs_than_an_array_holds_are_refused(cluster: Cluster, tmp_path: P
     done = sft(TINY, "--device=cpu", "--on=slurm", f"--sweep=seed={seeds}", f"--output={output}")
     assert (done.returncode, output.exists()) == (3, False), done.stderr
     assert "1001 at most" in done.stderr
+
+
+def test_an_array_that_cannot_be_queued_changes_nothing(
+    launch_sweep: Sweep, tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    refusing = tmp_path / "bin" / "sbatch"
+    refusing.write_text(
+        f'#!/bin/sh\ncase $1 in --test-only) exec {command("which", "sbatch")} "$@";; esac\n'
+        "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2\nexit 1\n"
+    )
+    refusing.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    output = tmp_path / "never"
+    base = ("--device=cpu", "--on=slurm", f"--output={output}")
+    done = sft(TINY, "--sweep=seed=1,2", *base, PATH=path)
+    assert (done.returncode, output.exists()) == (4, False), done.stderr
+    assert "QOSMaxSubmitJobPerUserLimit" in done.stderr
+
+    holder = command("sbatch", "--parsable", "--exclusive", "-N2", "--wrap=sleep 60", "-o/dev/null")
+    try:
+        swept = launch_sweep("--sweep=seed=1,2", steps=1)
+        assert sft("cancel", str(swept.array)).returncode == 0
+        before = tree(swept.sweep.path)
+        flags = ("--on=slurm", "--set=slurm.time_limit=1h")
+        done = sft("resume", str(swept.sweep.path), *flags, PATH=path)
+        assert done.returncode == 4, done.stderr
+        assert tree(swept.sweep.path) == before
+    finally:
+        subprocess.run(["scancel", holder], check=False)
