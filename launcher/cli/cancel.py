@@ -9,6 +9,7 @@ from collections.abc import Callable
 import click
 
 from launcher.cli.on_slurm import has_job, settle, which_run
+from launcher.cli.sweep_state import cancel_sweep, which_sweep
 from launcher.errors import ExitCode, SpecError
 from launcher.launch.presence import refuse_elsewhere
 from launcher.launch.processes import ask_to_stop, end_all, members
@@ -30,7 +31,10 @@ MARGIN_SECONDS = 30
     help="End all ranks at once; what came after the last checkpoint is lost.",
 )
 def cancel(run_name: str | None, now: bool) -> int:
-    """Stop a run: its ranks save a checkpoint first. RUN is a path, a name or a job number."""
+    """Stop a run or a sweep: its ranks save first. RUN is a path, a name or a job number."""
+    sweep = which_sweep(run_name)
+    if sweep is not None:
+        return cancel_sweep(sweep, now=now)
     run = which_run(run_name)
     if has_job(run.read_status()) and _cancel_job(run, now):
         return _say(run)
@@ -70,12 +74,13 @@ def _cancel_job(run: RunDirectory, now: bool) -> bool:
 
 
 def _wait(run: RunDirectory, goes_on: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _patience(run)
+    deadline = time.monotonic() + patience(run)
     while goes_on() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
 
-def _patience(run: RunDirectory) -> float:
+def patience(run: RunDirectory) -> float:
+    """Seconds within which a run that is asked to stop has saved and ended."""
     limits = json.loads(run.plan.read_text(encoding="utf-8"))["worker"]["limits"]
     return float(limits["shutdown_timeout_seconds"]) + MARGIN_SECONDS
 

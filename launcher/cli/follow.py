@@ -87,7 +87,7 @@ def follow(plan: Plan, run: RunDirectory, output: str, cpu_count: int, as_json: 
     if as_json:
         click.echo(json.dumps(run.read_status()))
     if failure is not None:
-        _show_failure(failure, output)
+        show_failure(failure, output)
         _show_way_on(run, output)
     elif code == ExitCode.PREEMPTED:
         _show_stop(run, output)
@@ -96,7 +96,8 @@ def follow(plan: Plan, run: RunDirectory, output: str, cpu_count: int, as_json: 
     return code
 
 
-def _show_failure(failure: Failure, output: str) -> None:
+def show_failure(failure: Failure, output: str) -> None:
+    """The first failing rank's own words, with cause and fix where they are known."""
     rank = f"rank {failure.rank} failed first: " if failure.rank is not None else ""
     click.secho("error: ", fg="red", nl=False, err=True)
     click.echo(f"{rank}{failure.error}", err=True)

@@ -69,8 +69,12 @@ def which_run(name: str | None) -> RunDirectory:
         if name is None or shutil.which("squeue") is None:
             raise
         from launcher.launch.slurm import run_of_job, run_of_name
+        from launcher.launch.slurm_array import TASK, run_of_task
 
-        found = run_of_job(int(name)) if name.isdecimal() else run_of_name(name)
+        if TASK.fullmatch(name):
+            found = run_of_task(name)
+        else:
+            found = run_of_job(int(name)) if name.isdecimal() else run_of_name(name)
         if found is None:
             raise
         return found

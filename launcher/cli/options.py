@@ -15,7 +15,7 @@ import click
 
 from launcher.assets import asset
 from launcher.errors import SpecError
-from launcher.spec.load import LoadedSpec, Override, load_spec, parse_set
+from launcher.spec.load import LoadedSpec, Override, Source, parse_set, read_source
 from launcher.spec.schema import Device, Method, Offload, Strategy, Target
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -118,6 +118,8 @@ class Request:
     json: bool
     detach: bool = False
     """Slurm: whether the command ends once the job is queued."""
+    sweep: tuple[str, ...] = ()
+    """KEY=VALUE,VALUE,... as they were said; empty for a single run."""
 
     @property
     def output_said(self) -> bool:
@@ -135,6 +137,13 @@ def plan_options(command: Command) -> Command:
             multiple=True,
             metavar="KEY=VALUE",
             help="Set any key of the spec, such as training.seed=1.",
+        ),
+        click.option(
+            "--sweep",
+            "sweep",
+            multiple=True,
+            metavar="KEY=V,V,...",
+            help="One run a value, and a run a combination where it is said again.",
         ),
         click.option(
             "--resume",
@@ -179,6 +188,7 @@ def make_request(arguments: dict[str, Any]) -> Request:
         resume=arguments["resume"],
         detach=arguments["detach"],
         json=arguments["as_json"],
+        sweep=arguments["sweep"],
     )
 
 
@@ -200,18 +210,27 @@ def load_request(request: Request) -> tuple[LoadedSpec, str | None]:
     Raises:
         SpecError: where the file or a value is wrong.
     """
+    source, recipe = find_spec(request)
+    return source.with_overrides(request.overrides).checked(), recipe
+
+
+def find_spec(request: Request) -> tuple[Source, str | None]:
+    """The same as it was said, before any override.
+
+    Raises:
+        SpecError: where there is none, or it is no YAML mapping.
+    """
     if request.spec is not None:
         _refuse_mistyped_command(request.spec)
-        return load_spec(Path(request.spec), request.overrides, request.spec), None
+        return read_source(Path(request.spec), request.spec), None
     if Path(DEFAULT_SPEC).is_file():
-        return load_spec(Path(DEFAULT_SPEC), request.overrides, DEFAULT_SPEC), None
+        return read_source(Path(DEFAULT_SPEC), DEFAULT_SPEC), None
     recipe = asset("recipes", BUILT_IN_RECIPE, DEFAULT_SPEC)
     if not recipe.is_file():
         raise SpecError(
             "spec_not_found", "no spec was given and there is no ./sft.yaml", fix="sftlaunch init"
         )
-    origin = f"recipe {BUILT_IN_RECIPE}"
-    return load_spec(recipe, request.overrides, origin), BUILT_IN_RECIPE
+    return read_source(recipe, f"recipe {BUILT_IN_RECIPE}"), BUILT_IN_RECIPE
 
 
 def _refuse_mistyped_command(name: str) -> None:

@@ -32,7 +32,7 @@ from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued
 from launcher.cli.options import Request, load_request, make_request, plan_options
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.facts.probe import Facts, probe
-from launcher.insight.find import find_run
+from launcher.insight.find import find_run, find_sweep
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
 from launcher.render.files import run_files, with_files
@@ -68,6 +68,10 @@ def plan(**arguments: Any) -> int:
     else the built-in recipe tiny.
     """
     request = make_request(arguments)
+    if request.sweep:
+        from launcher.cli.sweep import plan_sweep
+
+        return plan_sweep(request)
     decided = decide(request)
     show(decided, request, script=True)
     return ExitCode.DONE
@@ -81,7 +85,12 @@ def run(dry_run: bool, **arguments: Any) -> int:
 
     Without a SPEC it takes ./sft.yaml, else the built-in recipe tiny.
     """
-    return start(make_request(arguments), dry_run)
+    request = make_request(arguments)
+    if request.sweep:
+        from launcher.cli.sweep import start_sweep
+
+        return start_sweep(request, dry_run=dry_run)
+    return start(request, dry_run)
 
 
 @click.command(context_settings={"max_content_width": 100})
@@ -93,8 +102,19 @@ def resume(dry_run: bool, **arguments: Any) -> int:
     SPEC is a run directory here, or its name below ./runs; the newest one without it. The
     global batch stays as it is: on another number of GPUs the accumulation is solved again.
     """
+    sweep = find_sweep(arguments["spec_path"])
+    if sweep is not None:
+        from launcher.cli.sweep import resume_sweep
+
+        return resume_sweep(sweep, make_request(arguments), dry_run=dry_run)
     found = find_run(arguments["spec_path"])
     request = dataclasses.replace(make_request(arguments), spec=str(found.spec))
+    if request.sweep:
+        raise SpecError(
+            "resume_sweep",
+            f"resume goes on with one run, {found.path}",
+            fix="use sftlaunch run --sweep ...; the same command goes on with a sweep",
+        )
     if request.output_said:
         raise SpecError(
             "resume_output",

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from launcher.cli.on_slurm import job_record, job_text, which_run
+from launcher.cli.sweep_state import show_status, which_sweep
 from launcher.errors import ExitCode, SpecError
 from launcher.insight.find import known_runs
 from launcher.render.text import progress_text
@@ -22,7 +23,10 @@ RUNNING = ("planned", "queued", "running")
 @click.argument("run_name", required=False, metavar="[RUN]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (a list for all).")
 def status(run_name: str | None, as_json: bool) -> int:
-    """Show where a run stands; all runs below ./runs without a name."""
+    """Show where a run or a sweep stands; all runs below ./runs without a name."""
+    sweep = which_sweep(run_name)
+    if sweep is not None:
+        return show_status(sweep, as_json)
     runs = [which_run(run_name)] if run_name else known_runs()
     records = [{"run": str(run.path), **run.read_status(), **job_record(run)} for run in runs]
     if as_json:

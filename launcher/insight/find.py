@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launcher.errors import SpecError
 from launcher.runs.directory import RunDirectory
+from launcher.runs.sweep import SweepDirectory
 
 RUNS = Path("runs")
 
@@ -25,8 +26,27 @@ def find_run(name: str | None) -> RunDirectory:
         run = RunDirectory(path)
         if run.exists():
             return run
+        _refuse_sweep(SweepDirectory(path))
     known = ", ".join(str(run.path) for run in known_runs()) or "none below ./runs"
     raise SpecError("run_not_found", f"{name} is no run directory", fix=f"there are: {known}")
+
+
+def find_sweep(name: str | None) -> SweepDirectory | None:
+    """The sweep that a path or a name below ./runs means; None where it means something else."""
+    if name is None:
+        return None
+    found = (SweepDirectory(path) for path in (Path(name), RUNS / name))
+    return next((sweep for sweep in found if sweep.exists()), None)
+
+
+def _refuse_sweep(sweep: SweepDirectory) -> None:
+    if sweep.exists():
+        runs = sweep.runs
+        raise SpecError(
+            "is_sweep",
+            f"{sweep.path} is a sweep of {len(runs)} runs",
+            fix=f"name one of them, such as {runs[0].path}",
+        )
 
 
 def known_runs() -> list[RunDirectory]:

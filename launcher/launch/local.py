@@ -224,7 +224,8 @@ class StopSignals:
     """Takes over the signals that ask for a stop, while the ranks run.
 
     The first one is passed on to the ranks, which save and stop; more of the same kind say
-    nothing new, but a second Ctrl-C ends all at once.
+    nothing new, but a second Ctrl-C ends all at once. Around several runs, one of these hears
+    what those within it were asked.
     """
 
     def __init__(self) -> None:
@@ -242,6 +243,9 @@ class StopSignals:
 
     def _handle(self, number: int, frame: object) -> None:
         self.asked = True
+        around = getattr(self._before.get(number), "__self__", None)
+        if isinstance(around, StopSignals):
+            around.asked = True
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             self.at_once = True

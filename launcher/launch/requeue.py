@@ -48,7 +48,8 @@ class Attempt:
     """One start of the ranks."""
 
     number: int
-    job: int
+    job: int | str
+    """Its number; of an array's task ARRAY_TASK."""
     restart: int
     from_step: int
     """Step of the newest whole checkpoint when it began."""

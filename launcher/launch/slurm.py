@@ -32,7 +32,8 @@ UNLIMITED = ("UNLIMITED", "INFINITE", "NONE")
 class Job:
     """A job as the controller knows it."""
 
-    number: int
+    number: int | str
+    """Its number; of an array's task ARRAY_TASK."""
     state: str
     reason: str
     time_left: str
@@ -105,10 +106,11 @@ def ask(
         why = f"there is no {argv[0]} on this machine"
     except subprocess.TimeoutExpired:
         why = f"{argv[0]} did not answer within {limit_seconds} s"
-    raise _no_controller(why)
+    raise no_controller(why)
 
 
-def _no_controller(why: str) -> EnvironmentNotReady:
+def no_controller(why: str) -> EnvironmentNotReady:
+    """The refusal where Slurm does not answer."""
     return EnvironmentNotReady(
         "slurm_down",
         "Slurm's controller does not answer",
@@ -120,7 +122,7 @@ def _no_controller(why: str) -> EnvironmentNotReady:
 def _check_controller() -> None:
     done = ask(["scontrol", "ping"])
     if done.returncode or "is UP" not in done.stdout:
-        raise _no_controller(_one_line(done.stderr or done.stdout))
+        raise no_controller(_one_line(done.stderr or done.stdout))
 
 
 def _partition(name: str | None) -> dict[str, str]:
@@ -223,7 +225,7 @@ def submit(run: RunDirectory, chain: int) -> list[int]:
         for _ in range(chain):
             jobs.append(_queue(run, jobs))
         run.update_status(state="queued", stage="queued", slurm={"job": jobs[0], "jobs": jobs})
-        _release(jobs[0])
+        release(jobs[0])
     except BaseException:
         if jobs:
             ask(["scancel", *map(str, jobs)])
@@ -238,17 +240,23 @@ def _queue(run: RunDirectory, earlier: Sequence[int]) -> int:
         options = [f"--dependency=afternotok:{earlier[-1]}", "--kill-on-invalid-dep=yes"]
     done = ask(["sbatch", "--parsable", *options, SCRIPT], SUBMIT_SECONDS, folder=run.path)
     if done.returncode:
-        raise _not_queued(done.stderr)
+        raise not_queued(done.stderr)
     return int(done.stdout.split(";")[0])
 
 
-def _release(job: int) -> None:
+def release(job: int) -> None:
+    """Let a job that was queued with --hold start, or all tasks of an array.
+
+    Raises:
+        EnvironmentNotReady: where Slurm refuses.
+    """
     done = ask(["scontrol", "release", str(job)])
     if done.returncode:
-        raise _not_queued(done.stderr)
+        raise not_queued(done.stderr)
 
 
-def _not_queued(text: str) -> EnvironmentNotReady:
+def not_queued(text: str) -> EnvironmentNotReady:
+    """The refusal for what sbatch or scontrol said."""
     return EnvironmentNotReady(
         "not_queued",
         f"the job was not queued: {_words(text)}",
@@ -256,24 +264,26 @@ def _not_queued(text: str) -> EnvironmentNotReady:
     )
 
 
-def look(number: int) -> Job | None:
+def look(number: int | str) -> Job | None:
     """A job, or None where the controller does not know it any more."""
     done = ask(["scontrol", "show", "job", "--oneliner", str(number)])
     if done.returncode or not done.stdout.strip():
         if "Invalid job id" in done.stderr or not done.stderr:
             return None
-        raise _no_controller(_one_line(done.stderr))
+        raise no_controller(_one_line(done.stderr))
     found = fields(done.stdout)
+    if "JobState" not in found:  # "Job 7_3 not found": it is gone, other tasks of its array are not
+        return None
     state = found["JobState"]
     position = _position(number, found.get("Partition", "")) if state == "PENDING" else None
     left = ask(["squeue", "--noheader", f"--jobs={number}", "--format=%L"]).stdout.strip()
     return Job(number, state, found.get("Reason", "None"), left, position)
 
 
-def _position(number: int, partition: str) -> int | None:
+def _position(number: int | str, partition: str) -> int | None:
     """Place in the queue, by the order that the scheduler looks at it."""
     argv = ["squeue", "--noheader", "--states=PENDING", f"--partition={partition}"]
-    lines = ask([*argv, "--sort=-p,i", "--format=%A"]).stdout.split()
+    lines = ask([*argv, "--array", "--sort=-p,i", "--format=%i"]).stdout.split()
     return lines.index(str(number)) + 1 if str(number) in lines else None
 
 

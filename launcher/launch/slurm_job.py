@@ -42,7 +42,8 @@ def begin(run: RunDirectory, job: Mapping[str, str]) -> str:
     """Number of the attempt that starts now; empty where there is nothing to go on with."""
     record = run.read_status()
     attempts = [_closed(run, attempt) for attempt in read_attempts(record)]
-    rules = read_rules(run, record, _number(job))
+    name = _name(record, job)
+    rules = read_rules(run, record, name)
     if record.get("state") == "completed":
         return ""
     why = may_begin(of_submission(attempts, record), rules)
@@ -50,9 +51,7 @@ def begin(run: RunDirectory, job: Mapping[str, str]) -> str:
         _write(run, attempts, Decision(Action.STOP, why))
         return ""
     number = int(record.get("attempt") or 0) + 1
-    attempts.append(
-        Attempt(number, _number(job), int(job.get("SLURM_RESTART_COUNT") or 0), _step(run))
-    )
+    attempts.append(Attempt(number, name, int(job.get("SLURM_RESTART_COUNT") or 0), _step(run)))
     run.logs(number).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run.plan, run.logs(number) / "plan.json")
     run.update_status(
@@ -61,7 +60,7 @@ def begin(run: RunDirectory, job: Mapping[str, str]) -> str:
         stage="starting",
         error=None,
         attempts=[as_json(attempt) for attempt in attempts],
-        slurm={**record.get("slurm", {}), "job": _number(job)},
+        slurm={**record.get("slurm", {}), "job": name},
     )
     return str(number)
 
@@ -76,14 +75,15 @@ def end(run: RunDirectory, job: Mapping[str, str], code: str) -> str:
     attempts[-1] = dataclasses.replace(
         last, to_step=_step(run), end=tell_end(_traces(run, record, last, number))
     )
-    rules = read_rules(run, record, _number(job))
+    name = _name(record, job)
+    rules = read_rules(run, record, name)
     decision = decide(of_submission(attempts, record), rules)
     if attempts[-1].end in (End.CRASH, End.UNHEALTHY):
         failure = find_failure(run, number, f"the ranks ended with exit code {code}")
         run.update_status(error=failure.as_json())
     _write(run, attempts, decision)
     if decision.action in (Action.DONE, Action.STOP):
-        _drop_chain(record, _number(job))
+        _drop_chain(record, name)
     return decision.action.value
 
 
@@ -117,7 +117,7 @@ def of_submission(attempts: list[Attempt], record: Mapping[str, Any]) -> list[At
     return [attempt for attempt in attempts if attempt.job in jobs]
 
 
-def read_rules(run: RunDirectory, record: Mapping[str, Any], job: int) -> Rules:
+def read_rules(run: RunDirectory, record: Mapping[str, Any], job: int | str) -> Rules:
     """What the run's resolved spec allows."""
     slurm = load_spec(run.spec).spec.slurm
     jobs = record.get("slurm", {}).get("jobs", [])
@@ -184,15 +184,19 @@ def _state(action: Action, last: Attempt) -> str:
     return "failed" if last.end in (End.CRASH, End.UNHEALTHY) else "preempted"
 
 
-def _drop_chain(record: Mapping[str, Any], job: int) -> None:
+def _drop_chain(record: Mapping[str, Any], job: int | str) -> None:
     """Jobs of the chain that have nothing to do any more."""
-    rest = [str(other) for other in record.get("slurm", {}).get("jobs", []) if other > job]
+    jobs = record.get("slurm", {}).get("jobs", [])
+    rest = [str(other) for other in jobs[jobs.index(job) + 1 :]] if job in jobs else []
     if rest:
         subprocess.run(["scancel", *rest], check=False, timeout=SCANCEL_SECONDS)
 
 
-def _number(job: Mapping[str, str]) -> int:
-    return int(job["SLURM_JOB_ID"])
+def _name(record: Mapping[str, Any], job: Mapping[str, str]) -> int | str:
+    """This job as the run's record names it: a task of an array by array and task."""
+    # A job that was queued from inside an array may have inherited the variables.
+    task = f"{job.get('SLURM_ARRAY_JOB_ID')}_{job.get('SLURM_ARRAY_TASK_ID')}"
+    return task if task in record.get("slurm", {}).get("jobs", []) else int(job["SLURM_JOB_ID"])
 
 
 VERBS: dict[str, Callable[..., str]] = {"begin": begin, "end": end, "refuse": refuse}

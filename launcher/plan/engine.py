@@ -8,9 +8,11 @@ that plain torchrun builds equal plugins (tests/engine/test_accelerate_parity.py
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -74,8 +76,7 @@ def decide_engine(
         state_dict_type: from the adapter rules; None without FSDP.
         layer_class: decoder layer that FSDP wraps; None leaves it to the model's own list.
     """
-    text = asset("accelerate_configs", f"{strategy}.yaml").read_text(encoding="utf-8")
-    config: dict[str, Any] = yaml.safe_load(text)
+    config = copy.deepcopy(_policy(strategy))
     config["num_machines"] = topology.nodes
     config["num_processes"] = topology.gpus
     deepspeed = None
@@ -96,6 +97,14 @@ def decide_engine(
         mesh["parallelism_config_dp_shard_size"] = topology.gpus // topology.replicate_size
     environment = {**_device_environment(topology.device), **engine_environment(config)}
     return Engine(accelerate=config, deepspeed=deepspeed, environment=environment)
+
+
+@lru_cache
+def _policy(strategy: str) -> dict[str, Any]:
+    """The shipped file, read once however many runs a sweep has; never to be changed."""
+    text = asset("accelerate_configs", f"{strategy}.yaml").read_text(encoding="utf-8")
+    config: dict[str, Any] = yaml.safe_load(text)
+    return config
 
 
 def engine_environment(config: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from launcher.plan.types import Plan
 from launcher.render.slurm import SCRIPT, Origin, job_script
 from launcher.render.torchrun import command_script, launch_environment, torchrun_argv
 from launcher.spec.document import FLOAT
+from launcher.spec.schema import Spec
 
 
 class _Dumper(yaml.SafeDumper):
@@ -34,7 +36,12 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456
 
 
 def with_files(
-    planned: Planned, run_directory: str, cpu_count: int, slurm: Origin | None = None
+    planned: Planned,
+    run_directory: str,
+    cpu_count: int,
+    slurm: Origin | None = None,
+    *,
+    script: bool = True,
 ) -> Plan:
     """The plan with its command and all files.
 
@@ -44,6 +51,7 @@ def with_files(
         cpu_count: processors of a node, for the ranks' thread counts.
         slurm: who makes the job, where it goes to Slurm: a job script stands in place of
             command.sh then.
+        script: whether there is one of the two; the tasks of an array have theirs in common.
 
     Raises:
         SpecError: for what a job script cannot say.
@@ -53,12 +61,11 @@ def with_files(
     environment = launch_environment(plan.topology, cpu_count, plan.worker.limits["max_restarts"])
     files = {
         "accelerate.yaml": yaml_text(_replaced(planned.engine.accelerate, run_directory)),
-        "spec.yaml": f"# Resolved by sftlaunch {__version__}: every value is explicit.\n"
-        + yaml_text(spec_as_mapping(planned.spec)),
+        "spec.yaml": spec_text(planned.spec),
     }
     if slurm is not None:
         files[SCRIPT] = job_script(plan, planned.spec, run_directory, slurm)
-    else:
+    elif script:
         files["command.sh"] = command_script(argv, environment, plan.topology)
     if planned.engine.deepspeed is not None:
         files["deepspeed.json"] = json.dumps(planned.engine.deepspeed, indent=2) + "\n"
@@ -67,13 +74,28 @@ def with_files(
 
 def run_files(plan: Plan) -> dict[str, str]:
     """The files with plan.json, which lists the others and so cannot list itself."""
-    return {**plan.files, "plan.json": json.dumps(plan.as_json(), indent=1) + "\n"}
+    return {**plan.files, "plan.json": json.dumps(dataclasses.asdict(plan), indent=1) + "\n"}
 
 
-def yaml_text(values: Any) -> str:
+def spec_text(spec: Spec) -> str:
+    """spec.yaml of a resolved spec."""
+    made = f"# Resolved by sftlaunch {__version__}: every value is explicit.\n"
+    return made + yaml_text(spec_as_mapping(spec))
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
     """YAML that the spec's own reader, whose numbers are those of YAML 1.2, reads back alike."""
-    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    return text
+    return "".join(_section(json.dumps({key: value})) for key, value in values.items())
+
+
+@lru_cache(maxsize=512)
+def _section(text: str) -> str:
+    """One top-level key; the runs of a sweep have most of them in common."""
+    values = json.loads(text)
+    written: str = yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
+    )
+    return written
 
 
 def _replaced(value: Any, run_directory: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
@@ -88,35 +88,45 @@ def job_script(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -> st
     Raises:
         SpecError: for what Slurm or a container runtime cannot be told safely.
     """
+    return fill(script_values(plan, spec, run_directory, origin))
+
+
+def script_values(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -> dict[str, str]:
+    """Placeholder of the template -> what stands there; see `job_script`."""
     _refuse_unsafe(spec.slurm)
     _refuse_patterns(run_directory)
     topology, slurm = plan.topology, spec.slurm
-    values = {
+    return {
         "VERSION": __version__,
         "COMMAND": _comment(origin.command),
         "DIRECTIVES": directives(plan, slurm, run_directory),
         "RUN": shlex.quote(run_directory),
+        "JOB": "$SLURM_JOB_ID",
         "ENVIRONMENT": _environment(topology, slurm, origin),
         "PYTHON": shlex.quote(origin.python),
         "PYTHONPATH": shlex.quote(origin.python_path),
         "BEFORE": _before(slurm),
-        "STEP": _words(_step(topology, slurm)),
-        "CONTAINER": _words(container_argv(plan, spec, run_directory)),
-        "RANKS": _words(
+        "STEP": words(_step(topology, slurm)),
+        "CONTAINER": words(container_argv(plan, spec, run_directory)),
+        "RANKS": words(
             (
                 f"--nnodes={topology.nodes}",
                 *rank_options(topology, plan.worker.limits, run_directory),
             )
         ),
     }
+
+
+def fill(values: Mapping[str, str]) -> str:
+    """The template with its placeholders replaced."""
     template = asset("slurm", SCRIPT).read_text(encoding="utf-8")
     # One pass: a value that looks like a placeholder stays what it is.
     return PLACEHOLDER.sub(lambda found: values[found[1] or found[2]], template)
 
 
-def _words(words: Iterable[str]) -> str:
+def words(elements: Iterable[str], quote: Callable[[str], str] = shlex.quote) -> str:
     """Elements of a bash array, one a line."""
-    lines = "".join(f"\n  {shlex.quote(word)}" for word in words)
+    lines = "".join(f"\n  {quote(word)}" for word in elements)
     return f"{lines}\n" if lines else ""
 
 
@@ -124,8 +134,10 @@ def _comment(text: str) -> str:
     return " ".join(text.split())
 
 
-def directives(plan: Plan, slurm: SlurmSpec, run_directory: str) -> str:
-    """The `#SBATCH` lines, sorted."""
+def directives(
+    plan: Plan, slurm: SlurmSpec, run_directory: str, more: Mapping[str, str] | None = None
+) -> str:
+    """The `#SBATCH` lines, sorted; `more` wins over the usual ones."""
     topology = plan.topology
     options: dict[str, str | int | bool | None] = {
         **slurm.directives,
@@ -141,6 +153,7 @@ def directives(plan: Plan, slurm: SlurmSpec, run_directory: str) -> str:
         "signal": _warning(plan, slurm),
         "time": clock(seconds(slurm.time_limit)) if slurm.time_limit else None,
         ("requeue" if may_requeue(slurm) else "no-requeue"): True,
+        **(more or {}),
     }
     said = sorted(name for name, value in options.items() if _is_said(value))
     return "\n".join(_directive(name, options[name]) for name in said)
@@ -262,8 +275,8 @@ def container_argv(plan: Plan, spec: Spec, run_directory: str) -> tuple[str, ...
     container = spec.slurm.container
     if container is None:
         return ()
-    own = _own_paths(spec, run_directory)
-    _refuse_unmountable(own, container)
+    own = (run_directory, *own_paths(spec))
+    refuse_unmountable(own, container)
     mounts = (*(f"{path}:{path}" for path in own), *container.mounts)
     workdir = container.workdir or run_directory
     match container.runtime:
@@ -299,15 +312,20 @@ def _apptainer(
     )
 
 
-def _own_paths(spec: Spec, run_directory: str) -> tuple[str, ...]:
-    """The run, and a model and data that lie in the file system."""
+def own_paths(spec: Spec) -> tuple[str, ...]:
+    """A model and data that lie in the file system."""
     data = spec.dataset
     named = (spec.model.path, data.path if data else None, data.eval_path if data else None)
     local = [path for path in named if path and path.startswith("/")]
-    return tuple(dict.fromkeys((run_directory, *local)))
+    return tuple(dict.fromkeys(local))
 
 
-def _refuse_unmountable(own: Iterable[str], container: ContainerSpec) -> None:
+def refuse_unmountable(own: Iterable[str], container: ContainerSpec) -> None:
+    """Refuse paths that a container runtime would take apart.
+
+    Raises:
+        SpecError: with the first of them.
+    """
     wrong = [path for path in own if re.search(r"[:,]", path)]
     wrong += [mount for mount in container.mounts if "," in mount]
     if wrong:

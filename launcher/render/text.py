@@ -30,7 +30,7 @@ def plan_lines(
         width: columns of the terminal.
     """
     lines: list[str] = []
-    for label, text in _entries(plan, spec, parameters, rows, output):
+    for label, text in entries(plan, spec, parameters, rows, output):
         lines += entry(label, text, width)
     return lines
 
@@ -47,9 +47,10 @@ def entry(label: str, text: str, width: int) -> list[str]:
     ) or [label]
 
 
-def _entries(
+def entries(
     plan: Plan, spec: Spec, parameters: int | None, rows: int | None, output: str
 ) -> Iterator[tuple[str, str]]:
+    """The plan's lines, label and text; see `plan_lines`."""
     topology = plan.topology
     size = f", {count(parameters)} parameters" if parameters else ""
     yield "model", f"{spec.model.path} ({spec.model.dtype}{size})"

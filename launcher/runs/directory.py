@@ -17,14 +17,21 @@ from typing import Any
 STATES = ("planned", "queued", "running", "preempted", "failed", "completed")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the whole new one."""
+def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write `text` so that a reader sees the old file or the whole new one.
+
+    Args:
+        path: of the file.
+        text: all of it.
+        durable: whether it is on the disk before this returns; a thousand such waits add up.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -132,11 +139,11 @@ class RunDirectory:
         except OSError:  # a path that is too long
             return False
 
-    def create(self, files: Mapping[str, str]) -> None:
+    def create(self, files: Mapping[str, str], *, durable: bool = True) -> None:
         """Make the folder and write its files, plan.json last."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name in sorted(files, key=lambda name: (name == "plan.json", name)):
-            write_atomic(self.path / name, files[name])
+            write_atomic(self.path / name, files[name], durable=durable)
             if name.endswith(".sh"):
                 (self.path / name).chmod(0o755)
 
@@ -165,13 +172,14 @@ class RunDirectory:
             return {}
         return record
 
-    def update_status(self, **changes: Any) -> dict[str, Any]:
+    def update_status(self, *, durable: bool = True, **changes: Any) -> dict[str, Any]:
         """Merge `changes` into the status record and write it."""
         state = changes.get("state")
         if state is not None and state not in STATES:
             raise ValueError(f"unknown state {state!r}; one of {STATES}")
         record = {**self.read_status(), **changes}
-        write_atomic(self.status, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(self.status, text, durable=durable)
         return record
 
     def forget_after(self, step: int) -> None:

@@ -5,6 +5,7 @@ It decides syntax and types only. No file but the spec is opened, nothing is pro
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,11 +47,44 @@ class LoadedSpec:
     """Dotted key -> where the user said it (file:line or flag)."""
 
 
-def load_spec(path: Path, overrides: Sequence[Override] = (), origin: str = "") -> LoadedSpec:
-    """Read `path`, lay `overrides` over it and check every key and type.
+@dataclass(frozen=True)
+class Source:
+    """A spec as it was said and not yet checked: a base for any number of overrides."""
+
+    data: Mapping[str, Any]
+    """Plain YAML values, local paths made absolute."""
+    places: Mapping[Key, str]
+    """Key -> where the user said it."""
+    origin: str
+    directory: Path
+
+    def with_overrides(self, overrides: Sequence[Override]) -> Source:
+        """The same with more values laid over it."""
+        data, places = copy.deepcopy(dict(self.data)), dict(self.places)
+        for override in overrides:
+            _lay_over(data, places, override)
+        return Source(data, places, self.origin, self.directory)
+
+    def checked(self) -> LoadedSpec:
+        """The spec.
+
+        Raises:
+            SpecError: with file and line, or the flag, and the nearest valid name.
+        """
+        places = dict(self.places)
+        spec = _validate(dict(self.data), places, self.origin)
+        check_extra_fields(spec.training, places, self.origin)
+        check_choices(spec, places, self.origin)
+        check_names(spec, places, self.origin)
+        said = {".".join(map(str, key)): place for key, place in places.items() if key}
+        return LoadedSpec(spec=spec, origin=self.origin, directory=self.directory, said=said)
+
+
+def read_source(path: Path, origin: str = "") -> Source:
+    """Read `path` once.
 
     Raises:
-        SpecError: with file and line, or the flag, and the nearest valid name.
+        SpecError: where it is not there, or no YAML mapping.
     """
     origin = origin or str(path)
     if "\x00" in str(path):
@@ -58,14 +92,16 @@ def load_spec(path: Path, overrides: Sequence[Override] = (), origin: str = "") 
     data, places = read_document(path, origin)
     base = path.parent.resolve()
     _anchor(data, base)
-    for override in overrides:
-        _lay_over(data, places, override)
-    spec = _validate(data, places, origin)
-    check_extra_fields(spec.training, places, origin)
-    check_choices(spec, places, origin)
-    check_names(spec, places, origin)
-    said = {".".join(map(str, key)): place for key, place in places.items() if key}
-    return LoadedSpec(spec=spec, origin=origin, directory=base, said=said)
+    return Source(data, places, origin, base)
+
+
+def load_spec(path: Path, overrides: Sequence[Override] = (), origin: str = "") -> LoadedSpec:
+    """Read `path`, lay `overrides` over it and check every key and type.
+
+    Raises:
+        SpecError: with file and line, or the flag, and the nearest valid name.
+    """
+    return read_source(path, origin).with_overrides(overrides).checked()
 
 
 def _anchor(data: dict[str, Any], base: Path) -> None:
