@@ -170,7 +170,7 @@ def launch(
 
         code = _watch(process, run, stop, patience, look)
     on_poll()
-    return _outcome(run, code, stopped=stop.asked)
+    return outcome(run, code, stopped=stop.asked)
 
 
 def start_argv(plan: Plan) -> list[str]:
@@ -252,7 +252,7 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-def _outcome(run: RunDirectory, code: int, *, stopped: bool) -> tuple[ExitCode, Failure | None]:
+def outcome(run: RunDirectory, code: int, *, stopped: bool) -> tuple[ExitCode, Failure | None]:
     """What happened, by what the ranks recorded; torchrun's exit code is only a hint."""
     status = run.read_status()
     state, attempt = status.get("state"), int(status["attempt"])

@@ -287,8 +287,19 @@ class SlurmSpec(Section):
 class DockerSpec(Section):
     """How containers are started."""
 
-    image: str | None = None
-    hosts: list[str] = Field(default_factory=list, description="ssh://user@host, one a node.")
+    image: Line | None = Field(None, description="sftlaunch:VERSION if unset, -cpu on CPU.")
+    mounts: list[Line] = Field(
+        default_factory=list,
+        description="SOURCE[:TARGET[:ro]]; the run, a local model and data, and the Hub cache "
+        "come by themselves.",
+    )
+    environment: list[VariableName] = Field(
+        default_factory=list, description="Variables to pass, by name only."
+    )
+    restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0, description="How often Docker starts a failed container again; it resumes."
+    )
+    hosts: list[Line] = Field(default_factory=list, description="ssh://user@host, one a node.")
 
 
 class Spec(Section):

@@ -1,0 +1,174 @@
+"""Plan -> `docker run`: the argv, and docker.sh to read and to run by hand. Pure.
+
+The run directory, and a model and data that lie in the file system, are mounted under the
+very paths that they have outside, so that the plan's paths hold inside.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import __version__
+from launcher.plan.types import Plan
+from launcher.render.quote import shell_block
+from launcher.spec.schema import Spec
+
+SCRIPT = "docker.sh"
+RUN_LABEL = "sftlaunch.run"
+VERSION_LABEL = "org.opencontainers.image.version"
+INTERPRETER = "python"
+MODULE = "launcher.launch.inside"
+GIB = 2**30
+# Shared memory of a rank: NCCL's and gloo's buffers, beside what its loader workers hold.
+RANK_SHARED_BYTES = GIB // 2
+# Columns of a tokenised batch (input_ids, labels, attention_mask), eight bytes a token.
+TOKEN_BYTES = 3 * 8
+PREFETCH_FACTOR = 2
+# Docker's own grace ends with SIGKILL: the launcher inside has to write down how it ended.
+STOP_MARGIN_SECONDS = 30
+LOG_OPTIONS = ("--log-opt=max-size=10m", "--log-opt=max-file=3")
+UNSAFE_NAME = re.compile(r"[^a-zA-Z0-9_.-]+")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose run it is, as the machine says."""
+
+    user: int
+    group: int
+    caches: tuple[str, ...] = ()
+    """Folders of models and data that were fetched before; mounted read-only where offline."""
+    devices: tuple[str, ...] = ()
+    """InfiniBand and the like."""
+
+
+def container_name(run_directory: str) -> str:
+    """One name for one run directory, that Docker takes; a second container cannot take it."""
+    readable = UNSAFE_NAME.sub("-", Path(run_directory).name).strip("-.")[:40] or "run"
+    return f"sftlaunch-{readable}-{hashlib.sha256(run_directory.encode()).hexdigest()[:8]}"
+
+
+def docker_argv(
+    plan: Plan, spec: Spec, run_directory: str, image: str, caller: Caller
+) -> tuple[str, ...]:
+    """Argv that starts a run's container in the background; it prints the container's id.
+
+    Args:
+        plan: decided.
+        spec: resolved.
+        run_directory: absolute path, written before.
+        image: with its digest where it has one.
+        caller: whose files and processes they are.
+    """
+    docker = spec.docker
+    return (
+        "docker",
+        "run",
+        "--detach",
+        f"--name={container_name(run_directory)}",
+        f"--label={RUN_LABEL}={run_directory}",
+        *((f"--restart=on-failure:{docker.restarts}",) if docker.restarts else ()),
+        *_limits(plan),
+        *_rights(caller),
+        *_devices(plan, caller),
+        *(f"--mount={mount}" for mount in _mounts(spec, run_directory, caller)),
+        # By name: their values never stand in an argv or a file.
+        *(f"--env={name}" for name in sorted(docker.environment)),
+        f"--env=SFTLAUNCH_RUN_DIRECTORY={run_directory}",
+        f"--workdir={run_directory}",
+        f"--entrypoint={INTERPRETER}",
+        *LOG_OPTIONS,
+        image,
+        "-m",
+        MODULE,
+        run_directory,
+    )
+
+
+def stop_seconds(plan: Plan) -> int:
+    """How long Docker waits between SIGTERM and SIGKILL: the ranks' patience and a margin."""
+    return int(plan.worker.limits["shutdown_timeout_seconds"]) + STOP_MARGIN_SECONDS
+
+
+def shared_memory_bytes(plan: Plan) -> int:
+    """Upper bound of /dev/shm: what all ranks' data loaders and collectives hold there.
+
+    A bound, not a reservation; Docker's own default of 64 MiB fails data-loader workers.
+    """
+    arguments = plan.worker.training_arguments
+    workers = int(arguments.get("dataloader_num_workers") or 0)
+    tokens = plan.batch.micro_batch_size * int(arguments.get("max_length") or 0)
+    loader = workers * PREFETCH_FACTOR * tokens * TOKEN_BYTES
+    needed = plan.topology.gpus_per_node * (RANK_SHARED_BYTES + loader)
+    return -(-needed // GIB) * GIB
+
+
+def _limits(plan: Plan) -> tuple[str, ...]:
+    return (
+        # Reaps what ranks leave behind, and passes signals on.
+        "--init",
+        f"--stop-timeout={stop_seconds(plan)}",
+        f"--shm-size={shared_memory_bytes(plan)}",
+        "--ulimit=memlock=-1",
+        "--ulimit=stack=67108864",
+    )
+
+
+def _rights(caller: Caller) -> tuple[str, ...]:
+    return (
+        f"--user={caller.user}:{caller.group}",
+        "--read-only",
+        # Extensions are built and loaded there; nothing else can be written but the run.
+        "--tmpfs=/tmp:exec,mode=1777",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+    )
+
+
+def _devices(plan: Plan, caller: Caller) -> tuple[str, ...]:
+    if plan.topology.device != "cuda":
+        return ()
+    return (f"--gpus={plan.topology.gpus_per_node}", *(f"--device={d}" for d in caller.devices))
+
+
+def _mounts(spec: Spec, run_directory: str, caller: Caller) -> Iterable[str]:
+    """Values of `--mount`, which Docker refuses where the source does not exist."""
+    yield _mount(run_directory, run_directory)
+    data = spec.dataset
+    named = (spec.model.path, data.path if data else None, data.eval_path if data else None)
+    local = {path: None for path in (*named, *caller.caches) if path and path.startswith("/")}
+    for path in local:
+        if not Path(path).is_relative_to(run_directory):
+            yield _mount(path, path, read_only=True)
+    for mount in spec.docker.mounts:
+        source, _, rest = mount.partition(":")
+        target, _, options = rest.partition(":")
+        yield _mount(source, target or source, read_only=options == "ro")
+
+
+def _mount(source: str, target: str, *, read_only: bool = False) -> str:
+    """One value, as Docker's CSV reader takes it back: commas and quotes in paths hold."""
+    fields = ["type=bind", f"source={source}", f"target={target}"]
+    fields += ["readonly"] if read_only else []
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(fields)
+    return line.getvalue()
+
+
+def docker_script(argv: tuple[str, ...]) -> str:
+    """docker.sh: what ran, to read and to run by hand."""
+    name = next(a.partition("=")[2] for a in argv if a.startswith("--name="))
+    return (
+        "#!/usr/bin/env bash\n"
+        f"# Made by sftlaunch {__version__}. Starts the run's container in the background.\n"
+        f"# Follow: docker logs -f {name}   Stop with a checkpoint: docker stop {name}\n"
+        "set -euo pipefail\n"
+        f"docker rm {name} >/dev/null 2>&1 || true\n"
+        f"exec {shell_block(argv)}\n"
+    )
