@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -17,8 +18,11 @@ import click
 from launcher.cli.options import Request
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.insight.find import find_run
+from launcher.plan.types import plan_from_json
+from launcher.render.secrets import hide
 from launcher.render.slurm import Origin
 from launcher.runs.directory import RunDirectory
+from launcher.runs.prepared import up_to_date
 from launcher.spec.schema import SlurmSpec
 
 POLL_SECONDS = 1.0
@@ -31,7 +35,8 @@ RUNNING = ("queued", "running")
 def origin() -> Origin:
     """This process, as the job script names it."""
     package_parent = Path(__file__).resolve().parents[2]
-    return Origin(shlex.join(["sftlaunch", *sys.argv[1:]]), sys.executable, str(package_parent))
+    command = hide(shlex.join(["sftlaunch", *sys.argv[1:]]), os.environ)
+    return Origin(command, sys.executable, str(package_parent))
 
 
 def has_job(record: Mapping[str, Any]) -> bool:
@@ -95,7 +100,8 @@ def queue_and_follow(
     from launcher.launch.slurm import submit
 
     try:
-        jobs = submit(run, slurm.chain or 1)
+        prepare = slurm.prepare == "job" and not rows_ready(run)
+        jobs = submit(run, slurm.chain or 1, prepare=prepare)
     except BaseException:
         run.restore(before)
         raise
@@ -142,7 +148,15 @@ def settle(run: RunDirectory) -> None:
         run.update_status(state="preempted", stage="cancelled")
         return
     message = "its job ended without a word: killed past its grace, or with its node"
+    if "prepare" in run.read_status().get("slurm", {}) and not run.read_status().get("attempts"):
+        message = "the preparation ended without a word: out of time or memory, or with its node"
     run.update_status(state="failed", error={"message": message, "log": "logs"})
+
+
+def rows_ready(run: RunDirectory) -> bool:
+    """Whether a run's rows were prepared already, by `data prepare` or an earlier attempt."""
+    plan = plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    return up_to_date(plan, run)
 
 
 def _say_end(run: RunDirectory, output: str, as_json: bool) -> ExitCode:

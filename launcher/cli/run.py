@@ -40,6 +40,7 @@ from launcher.render.slurm import SCRIPT, Origin
 from launcher.render.text import plan_lines
 from launcher.runs.checkpoints import Checkpoint, remove_unsealed
 from launcher.runs.directory import RunDirectory
+from launcher.runs.prepared import only_prepared
 from launcher.spec.load import Override
 
 
@@ -223,7 +224,7 @@ def decide(request: Request) -> Decided:
     facts = probe(loaded.spec)
     planned = make_plan(loaded.spec, facts)
     output = planned.spec.output or "runs/run"
-    if recipe and not request.output_said:
+    if recipe and not request.output_said and not only_prepared(Path(output)):
         output = free_name(output)
     path = os.path.abspath(output)  # noqa: PTH100 - keeps links
     slurm = origin() if request.target == "slurm" else None
@@ -290,7 +291,7 @@ def _refuse_taken(run_directory: RunDirectory, output: str) -> None:
             why="a run is never overwritten",
             fix=f"use --output {free_name(output)}, or --resume auto to go on with it",
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not only_prepared(path):
         raise SpecError(
             "output_taken",
             f"{output} exists and is no empty folder",

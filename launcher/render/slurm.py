@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
@@ -19,10 +19,12 @@ from launcher.errors import SpecError
 from launcher.plan.types import Plan, Topology
 from launcher.render.quote import exports
 from launcher.render.torchrun import launch_environment, rank_options
+from launcher.runs.prepared import LOG as PREPARE_LOG
 from launcher.spec.durations import seconds
 from launcher.spec.schema import ContainerSpec, SlurmSpec, Spec
 
 SCRIPT = "job.sbatch"
+PREPARE_SCRIPT = "prepare.sbatch"
 # Processors of a rank where nothing was said: data loading and the host side of a GPU.
 RANK_CPUS = {"cuda": 8, "cpu": 1}
 # Slurm looks at its clock once a minute, so a warning may come that much early.
@@ -92,16 +94,10 @@ def job_script(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -> st
     _refuse_patterns(run_directory)
     topology, slurm = plan.topology, spec.slurm
     values = {
-        "VERSION": __version__,
-        "COMMAND": _comment(origin.command),
+        **_common(plan, spec, run_directory, origin),
         "DIRECTIVES": directives(plan, slurm, run_directory),
-        "RUN": shlex.quote(run_directory),
-        "ENVIRONMENT": _environment(topology, slurm, origin),
-        "PYTHON": shlex.quote(origin.python),
-        "PYTHONPATH": shlex.quote(origin.python_path),
-        "BEFORE": _before(slurm),
+        "PREPARE": slurm.prepare,
         "STEP": _words(_step(topology, slurm)),
-        "CONTAINER": _words(container_argv(plan, spec, run_directory)),
         "RANKS": _words(
             (
                 f"--nnodes={topology.nodes}",
@@ -109,7 +105,36 @@ def job_script(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -> st
             )
         ),
     }
-    template = asset("slurm", SCRIPT).read_text(encoding="utf-8")
+    return _filled(SCRIPT, values)
+
+
+def prepare_script(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -> str:
+    """The script of the job that makes a run's rows ready; see `job_script`."""
+    values = {
+        **_common(plan, spec, run_directory, origin),
+        "DIRECTIVES": prepare_directives(plan, spec.slurm, run_directory),
+    }
+    return _filled(PREPARE_SCRIPT, values)
+
+
+def _common(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -> dict[str, str]:
+    """Placeholders of both scripts."""
+    topology, slurm = plan.topology, spec.slurm
+    return {
+        "VERSION": __version__,
+        "COMMAND": _comment(origin.command),
+        "RUN": shlex.quote(run_directory),
+        "ENVIRONMENT": _environment(topology, slurm, origin),
+        "PYTHON": shlex.quote(origin.python),
+        "PYTHONPATH": shlex.quote(origin.python_path),
+        "BEFORE": _before(slurm),
+        "CPUS": str(cpus_per_node(topology, slurm)),
+        "CONTAINER": _words(container_argv(plan, spec, run_directory)),
+    }
+
+
+def _filled(name: str, values: Mapping[str, str]) -> str:
+    template = asset("slurm", name).read_text(encoding="utf-8")
     # One pass: a value that looks like a placeholder stays what it is.
     return PLACEHOLDER.sub(lambda found: values[found[1] or found[2]], template)
 
@@ -142,6 +167,37 @@ def directives(plan: Plan, slurm: SlurmSpec, run_directory: str) -> str:
         "time": clock(seconds(slurm.time_limit)) if slurm.time_limit else None,
         ("requeue" if may_requeue(slurm) else "no-requeue"): True,
     }
+    return _directive_lines(options)
+
+
+def prepare_directives(plan: Plan, slurm: SlurmSpec, run_directory: str) -> str:
+    """The `#SBATCH` lines of the preparation's own job: one task, no GPUs.
+
+    Another partition has time limits of its own: its default holds there. Further
+    directives are the training job's alone.
+    """
+    places = _places(slurm, run_directory)
+    if slurm.prepare_partition is not None:
+        # These name nodes and rules of the other partition.
+        places |= dict.fromkeys(("constraint", "exclude", "qos", "reservation"), None)
+    limit = None if slurm.prepare_partition else slurm.time_limit
+    return _directive_lines(
+        {
+            **places,
+            "cpus-per-task": cpus_per_node(plan.topology, slurm),
+            "job-name": f"{Path(run_directory).name}-prepare",
+            "nodes": 1,
+            "ntasks": 1,
+            "open-mode": "append",
+            "output": PREPARE_LOG,
+            "partition": slurm.prepare_partition or slurm.partition,
+            "time": clock(seconds(limit)) if limit else None,
+            ("requeue" if slurm.requeue else "no-requeue"): True,
+        }
+    )
+
+
+def _directive_lines(options: Mapping[str, str | int | bool | None]) -> str:
     said = sorted(name for name, value in options.items() if _is_said(value))
     return "\n".join(_directive(name, options[name]) for name in said)
 

@@ -25,6 +25,8 @@ from tests.support import ROOT
 WAIT_SECONDS = 90.0
 POLL_SECONDS = 0.1
 SHORT = ("evaluation.exact_match=false", "samples.prompts=[]", "limits.stuck_after=60s")
+# Seconds of imports that most tests have no use for; those of tests/slurm/test_prepare.py do.
+UNPREPARED = "--set=slurm.prepare=none"
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +143,7 @@ def launch(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., Queued]]:
                 if any("--strategy" in flag for flag in flags) or nodes == 1
                 else ["--strategy=fsdp"]
             ),
+            *([] if any("slurm.prepare" in flag for flag in flags) else [UNPREPARED]),
             *flags,
         )
         assert done.returncode == 0, done.stderr
