@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from launcher.cli.on_slurm import show_error
 from launcher.cli.options import make_request, plan_options
 from launcher.cli.run import Decided, decide
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
@@ -92,12 +93,7 @@ def _start(decided: Decided, run: RunDirectory, *, as_json: bool) -> int:
     error = preparation_error(run, f"it ended with exit code {done.returncode}")
     if error["exit_code"] == ExitCode.BAD_SPEC:
         raise SpecError("preparation", error["message"], fix=error["fix"])
-    click.secho("error: ", fg="red", nl=False, err=True)
-    click.echo(error["message"], err=True)
-    if error["cause"]:
-        click.echo(f"  probable cause: {error['cause']}", err=True)
-    if error["fix"]:
-        click.echo(f"  fix: {error['fix']}", err=True)
+    show_error(error)
     if as_json:
         click.echo(json.dumps({"error": error}))
     return ExitCode.RUN_FAILED

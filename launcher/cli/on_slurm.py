@@ -167,12 +167,22 @@ def _say_end(run: RunDirectory, output: str, as_json: bool) -> ExitCode:
     if code is ExitCode.DONE:
         click.echo(f"done: step {record.get('step')}, {output}/final", err=True)
         return code
-    error = record.get("error") or {}
-    if error.get("message"):
-        click.secho("error: ", fg="red", nl=False, err=True)
-        click.echo(str(error["message"]), err=True)
+    if (record.get("error") or {}).get("message"):
+        show_error(record["error"])
     click.echo(f"{record.get('stage')}; go on with: sftlaunch resume {output} --on slurm", err=True)
     return code
+
+
+def show_error(error: Mapping[str, Any]) -> None:
+    """What status.json says of a failure, with its cause and fix where they are known."""
+    click.secho("error: ", fg="red", nl=False, err=True)
+    click.echo(str(error["message"]), err=True)
+    if error.get("cause"):
+        click.echo(f"  probable cause: {error['cause']}", err=True)
+    if error.get("fix"):
+        click.echo(f"  fix: {error['fix']}", err=True)
+    if error.get("log"):
+        click.echo(f"  full log: {error['log']}", err=True)
 
 
 def job_record(run: RunDirectory) -> dict[str, Any]:

@@ -6,14 +6,18 @@ import re
 from collections.abc import Iterable, Mapping
 
 HIDDEN = "***"
-SECRET_NAME = r"[\w.-]*(?:TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|ACCESS_?KEY)"
-NAME = re.compile(rf"{SECRET_NAME}\Z", re.IGNORECASE)
-# NAME=value, NAME: value, and the same in quotes.
-ASSIGNED = re.compile(rf"({SECRET_NAME}[\"']?\s*[=:]\s*)([\"']?)([^\s\"',;$}}\]]+)", re.IGNORECASE)
-# Their own forms: Hugging Face, OpenAI and the like, GitHub, GitLab, AWS, Slack; keys of wandb.
+# pad_token and its like are words of a vocabulary.
+_NAME = (
+    r"[\w.-]*(?:(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD"
+    r"|CREDENTIALS?|ACCESS_?KEY)"
+)
+NAME = re.compile(rf"{_NAME}\Z", re.IGNORECASE)
+# NAME=value or NAME: value, quoted or not; a value that the shell looks up is none.
+ASSIGNED = re.compile(rf"({_NAME}[\"']?\s*[=:]\s*)([\"']?)([^\s\"',;$`}}\]]+)", re.IGNORECASE)
+# Forms of their own: Hugging Face, OpenAI and the like, GitHub, GitLab, AWS, Slack.
 KNOWN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
-    r"|glpat-[\w-]{16,}|AKIA[0-9A-Z]{16}|xox[baprs]-[\w-]{10,}|[0-9a-f]{40})\b"
+    r"|glpat-[\w-]{16,}|AKIA[0-9A-Z]{16}|xox[baprs]-[\w-]{10,})"
 )
 # Shorter values of variables are words that stand elsewhere, too.
 LEAST_LENGTH = 8

@@ -18,6 +18,7 @@ from launcher.assets import asset
 from launcher.errors import SpecError
 from launcher.plan.types import Plan, Topology
 from launcher.render.quote import exports
+from launcher.render.secrets import hide
 from launcher.render.torchrun import launch_environment, rank_options
 from launcher.runs.prepared import LOG as PREPARE_LOG
 from launcher.spec.durations import seconds
@@ -113,6 +114,7 @@ def prepare_script(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -
     values = {
         **_common(plan, spec, run_directory, origin),
         "DIRECTIVES": prepare_directives(plan, spec.slurm, run_directory),
+        "CPUS": str(_prepare_cpus(plan.topology, spec.slurm)),
     }
     return _filled(PREPARE_SCRIPT, values)
 
@@ -184,7 +186,7 @@ def prepare_directives(plan: Plan, slurm: SlurmSpec, run_directory: str) -> str:
     return _directive_lines(
         {
             **places,
-            "cpus-per-task": cpus_per_node(plan.topology, slurm),
+            "cpus-per-task": _prepare_cpus(plan.topology, slurm),
             "job-name": f"{Path(run_directory).name}-prepare",
             "nodes": 1,
             "ntasks": 1,
@@ -195,6 +197,11 @@ def prepare_directives(plan: Plan, slurm: SlurmSpec, run_directory: str) -> str:
             ("requeue" if slurm.requeue else "no-requeue"): True,
         }
     )
+
+
+def _prepare_cpus(topology: Topology, slurm: SlurmSpec) -> int:
+    """Threads of one tokenizer; a node without GPUs may have fewer than one with them."""
+    return min(cpus_per_node(topology, slurm), RANK_CPUS["cuda"])
 
 
 def _directive_lines(options: Mapping[str, str | int | bool | None]) -> str:
@@ -383,7 +390,21 @@ def _refuse_unsafe(slurm: SlurmSpec) -> None:
                 f"slurm.directives.{name} is set by the plan",
                 fix=f"use {OWNED[name]}",
             )
+    _refuse_secrets(slurm)
     _refuse_times(slurm)
+
+
+def _refuse_secrets(slurm: SlurmSpec) -> None:
+    """Scripts are read by others: what is secret reaches a job by its variable's name."""
+    texts = [*slurm.before, *map(str, slurm.directives.values())]
+    found = next((text for text in texts if hide(text, {}) != text), None)
+    if found is not None:
+        raise SpecError(
+            "secret",
+            f"{hide(found, {})!r} under slurm holds what looks like a secret",
+            why="it would be written into the job script",
+            fix="export the variable before sftlaunch; a job inherits the environment",
+        )
 
 
 def _refuse_patterns(run_directory: str) -> None:

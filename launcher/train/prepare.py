@@ -204,20 +204,21 @@ def _say(run: RunDirectory, text: str) -> None:
 
 def _record_error(run: RunDirectory, error: BaseException) -> None:
     """Leave the error where the job script and the launcher find it."""
-    refused = isinstance(error, Refusal)
-    record = {
-        "message": error.message if isinstance(error, Refusal) else f"{_name(error)}: {error}",
-        "fix": error.fix if isinstance(error, Refusal) else "",
-        "exit_code": int(error.exit_code if isinstance(error, Refusal) else ExitCode.RUN_FAILED),
-        "traceback": "" if refused else "".join(traceback.format_exception(error)),
-    }
+    if isinstance(error, Refusal):
+        told = {"message": error.message, "fix": error.fix, "exit_code": int(error.exit_code)}
+    else:
+        told = {"message": _words(error), "fix": "", "exit_code": int(ExitCode.RUN_FAILED)}
+    record = {**told, "traceback": "".join(traceback.format_exception(error))}
     path = run.path / ERROR
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(record, indent=1))
 
 
-def _name(error: BaseException) -> str:
-    return type(error).__name__
+def _words(error: BaseException) -> str:
+    """The error that others were raised from: `datasets` only says that something went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def main(arguments: list[str]) -> int:
