@@ -105,6 +105,7 @@ def queue_and_follow(
     except BaseException:
         run.restore(before)
         raise
+    warn_unasked(slurm, output)
     more = f" and {len(jobs) - 1} after it" if len(jobs) > 1 else ""
     click.echo(f"queued     job {jobs[0]}{more}; sftlaunch status {jobs[0]}", err=True)
     if not slurm.requeue and slurm.chain is None:
@@ -119,6 +120,22 @@ def queue_and_follow(
         click.echo(f"\njob {jobs[0]} goes on; sftlaunch cancel {jobs[0]} stops it", err=True)
         return ExitCode.DONE
     return _say_end(run, output, request.json)
+
+
+def warn_unasked(slurm: SlurmSpec, output: str) -> None:
+    """Say where no job has asked the nodes yet whether they see the folder, or one said no."""
+    from launcher.cli.doctor import existing_folder
+    from launcher.launch.check_job import place, remembered
+
+    folder = existing_folder(output)
+    failed = remembered(place(folder, slurm.partition))
+    if failed is None:
+        text = f"nobody has asked the nodes whether they see {folder}"
+    elif failed:
+        text = f"the nodes were not ready when they were asked ({', '.join(failed)})"
+    else:
+        return
+    click.secho(f"warning    {text}: sftlaunch doctor --on slurm", fg="yellow", err=True)
 
 
 def follow_job(run: RunDirectory) -> None:

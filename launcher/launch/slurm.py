@@ -203,7 +203,7 @@ def _test_only(script: str) -> None:
     if done.returncode:
         raise PlanRefused(
             "slurm_refused",
-            f"Slurm would not take the job: {_words(done.stderr)}",
+            f"Slurm would not take the job: {refusal_words(done.stderr)}",
             fix="correct slurm: in the spec; --dry-run shows the script",
         )
 
@@ -270,7 +270,7 @@ def _release(job: int) -> None:
 def _not_queued(text: str) -> EnvironmentNotReady:
     return EnvironmentNotReady(
         "not_queued",
-        f"the job was not queued: {_words(text)}",
+        f"the job was not queued: {refusal_words(text)}",
         fix="correct slurm: in the spec, or try again",
     )
 
@@ -348,7 +348,7 @@ def fields(line: str) -> dict[str, str]:
     return {key: value for key, equals, value in pairs if equals}
 
 
-def _words(text: str) -> str:
+def refusal_words(text: str) -> str:
     """What sbatch said, without its own name in front of every line."""
     return _one_line(re.sub(r"(?m)^(sbatch|scontrol|allocation failure): (error: )?", "", text))
 

@@ -26,6 +26,8 @@ from launcher.spec.schema import ContainerSpec, SlurmSpec, Spec
 
 SCRIPT = "job.sbatch"
 PREPARE_SCRIPT = "prepare.sbatch"
+CHECK_SCRIPT = "check.sbatch"
+CHECK_MINUTES = 5
 # Processors of a rank where nothing was said: data loading and the host side of a GPU.
 RANK_CPUS = {"cuda": 8, "cpu": 1}
 # Slurm looks at its clock once a minute, so a warning may come that much early.
@@ -197,6 +199,47 @@ def prepare_directives(plan: Plan, slurm: SlurmSpec, run_directory: str) -> str:
             ("requeue" if slurm.requeue else "no-requeue"): True,
         }
     )
+
+
+def check_script(
+    slurm: SlurmSpec, topology: Topology, folder: str, word: str, nodes: int, origin: Origin
+) -> str:
+    """The script of a tiny job that asks the nodes what they see.
+
+    Args:
+        slurm: of the run that it asks for.
+        topology: of that run.
+        folder: absolute path, with a file that holds `word`.
+        word: what tells this folder from another one of the same name.
+        nodes: how many are asked.
+        origin: who makes it.
+    """
+    _refuse_secrets(slurm)
+    options: dict[str, str | int | bool | None] = {
+        **slurm.directives,
+        **_places(slurm, folder),
+        # From where every node can start; what it prints is of no use.
+        "chdir": "/",
+        "output": "/dev/null",
+        "job-name": "sftlaunch-doctor",
+        "cpus-per-task": 1,
+        "nodes": nodes,
+        "ntasks-per-node": 1,
+        "no-requeue": True,
+        "time": clock(CHECK_MINUTES * MINUTE),
+    }
+    bare = slurm.model_copy(update={"container": None})
+    values = {
+        "VERSION": __version__,
+        "COMMAND": _comment(origin.command),
+        "DIRECTIVES": _directive_lines(options),
+        "RUN": shlex.quote(folder),
+        "ENVIRONMENT": _environment(topology, bare, origin),
+        "BEFORE": _before(slurm),
+        "WORD": shlex.quote(word),
+        "PYTHON": shlex.quote(origin.python),
+    }
+    return _filled(CHECK_SCRIPT, values)
 
 
 def _prepare_cpus(topology: Topology, slurm: SlurmSpec) -> int:
