@@ -21,7 +21,7 @@ COMMANDS = {
     "doctor": ("launcher.cli.doctor", "doctor"),
     "generate": ("launcher.cli.after", "generate"),
     "init": ("launcher.cli.start", "init"),
-    "logs": ("launcher.cli.watch", "logs"),
+    "logs": ("launcher.cli.logs", "logs"),
     "recipes": ("launcher.cli.start", "recipes"),
     "resume": ("launcher.cli.run", "resume"),
     "schema": ("launcher.cli.start", "schema"),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,9 @@ from launcher.render.slurm import Origin
 from launcher.runs.directory import RunDirectory
 from launcher.runs.prepared import up_to_date
 from launcher.spec.schema import SlurmSpec
+
+if TYPE_CHECKING:
+    from launcher.launch.accounting import PastJob
 
 POLL_SECONDS = 1.0
 # Looks at the record between two questions to the controller, which many others ask too.
@@ -73,12 +76,37 @@ def which_run(name: str | None) -> RunDirectory:
     except SpecError:
         if name is None or shutil.which("squeue") is None:
             raise
-        from launcher.launch.slurm import run_of_job, run_of_name
-
-        found = run_of_job(int(name)) if name.isdecimal() else run_of_name(name)
+        found = _run_of_job(int(name)) if name.isdecimal() else _run_of_name(name)
         if found is None:
             raise
         return found
+
+
+def _run_of_job(number: int) -> RunDirectory | None:
+    """By a job's number, also one that only the accounting remembers."""
+    from launcher.launch.accounting import past_job
+    from launcher.launch.slurm import run_of_job
+
+    found = run_of_job(number)
+    past = past_job(number) if found is None else None
+    return _there(past.folder) if past is not None else found
+
+
+def _run_of_name(name: str) -> RunDirectory | None:
+    """By a run's name, which its jobs have, too."""
+    from launcher.launch.accounting import past_jobs_of_name
+    from launcher.launch.slurm import run_of_name
+
+    found = run_of_name(name)
+    if found is not None:
+        return found
+    past = (_there(job.folder) for job in reversed(past_jobs_of_name(name)))
+    return next((run for run in past if run is not None), None)
+
+
+def _there(folder: str) -> RunDirectory | None:
+    run = RunDirectory(Path(folder))
+    return run if run.exists() else None
 
 
 def queue_and_follow(
@@ -165,9 +193,23 @@ def settle(run: RunDirectory) -> None:
         run.update_status(state="preempted", stage="cancelled")
         return
     message = "its job ended without a word: killed past its grace, or with its node"
-    if "prepare" in run.read_status().get("slurm", {}) and not run.read_status().get("attempts"):
+    record = run.read_status()
+    if "prepare" in record.get("slurm", {}) and not record.get("attempts"):
         message = "the preparation ended without a word: out of time or memory, or with its node"
+    past = last_past_job(record)
+    if past is not None:
+        message = f"job {past.number} ended as {past.state}: {past.meaning}"
     run.update_status(state="failed", error={"message": message, "log": "logs"})
+
+
+def last_past_job(record: Mapping[str, Any]) -> PastJob | None:
+    """The job that a run ended with, by the accounting; one that never ran says nothing."""
+    from launcher.launch.accounting import past_job
+    from launcher.launch.slurm import job_numbers
+
+    found = [job for number in job_numbers(record) if (job := past_job(number)) is not None]
+    told = [job for job in found if job.state != "COMPLETED"]
+    return told[0] if told else None
 
 
 def rows_ready(run: RunDirectory) -> bool:
@@ -213,7 +255,17 @@ def job_record(run: RunDirectory) -> dict[str, Any]:
         job = current_job(run)
     except EnvironmentNotReady:
         return {"job": {"state": "unknown: the controller does not answer"}}
-    return {"job": asdict(job)} if job is not None and job.alive else {}
+    if job is not None and job.alive:
+        return {"job": asdict(job)}
+    # Its record says that it runs, and the queue does not: nobody could write down why.
+    return {"job": _lost(record)} if record.get("state") in RUNNING else {}
+
+
+def _lost(record: Mapping[str, Any]) -> dict[str, Any]:
+    past = last_past_job(record)
+    number = past.number if past else record["slurm"]["job"]
+    why = f"{past.state}: {past.meaning}" if past else "not in this cluster's queue any more"
+    return {"number": number, "state": why, "over": True}
 
 
 def job_text(record: Mapping[str, Any]) -> str:
@@ -223,6 +275,8 @@ def job_text(record: Mapping[str, Any]) -> str:
         return ""
     if "number" not in job:
         return f"  ({job['state']})"
+    if job.get("over"):
+        return f"  (job {job['number']}: {job['state']})"
     text = f"  (job {job['number']} {job['state'].lower()}"
     if job["position"]:
         text += f", {job['position']} in the queue: {job['reason']}"

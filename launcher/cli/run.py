@@ -28,11 +28,10 @@ from launcher.cli.going_on import (
     with_measured_save,
     with_source_of,
 )
-from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued
+from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued, which_run
 from launcher.cli.options import Request, load_request, make_request, plan_options
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.facts.probe import Facts, probe
-from launcher.insight.find import find_run
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
 from launcher.render.files import run_files, with_files
@@ -91,10 +90,11 @@ def run(dry_run: bool, **arguments: Any) -> int:
 def resume(dry_run: bool, **arguments: Any) -> int:
     """Go on with a RUN from its last whole checkpoint, also on other hardware.
 
-    SPEC is a run directory here, or its name below ./runs; the newest one without it. The
-    global batch stays as it is: on another number of GPUs the accumulation is solved again.
+    SPEC is a run directory here: its path, its name or a job number; the newest one below
+    ./runs without it. The global batch stays as it is: on another number of GPUs the
+    accumulation is solved again.
     """
-    found = find_run(arguments["spec_path"])
+    found = which_run(arguments["spec_path"])
     request = dataclasses.replace(make_request(arguments), spec=str(found.spec))
     if request.output_said:
         raise SpecError(

@@ -19,7 +19,7 @@ import pytest
 
 from launcher.runs.checkpoints import newest_whole
 from launcher.runs.directory import RunDirectory
-from tests.slurm.cluster import Cluster, command, missing
+from tests.slurm.cluster import Cluster, SeparateHosts, command, missing, without_namespaces
 from tests.support import ROOT
 
 WAIT_SECONDS = 90.0
@@ -48,6 +48,20 @@ def cluster() -> Iterator[Cluster]:
         os.environ.pop("SLURM_CONF", None)
         if before is not None:
             os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture(scope="module")
+def four_nodes(cluster: Cluster) -> Iterator[Cluster]:
+    """Another cluster, of four nodes with addresses of their own where this machine can."""
+    folder = Path(tempfile.mkdtemp(prefix="sftlaunch-slurm-"))
+    made = Cluster(folder, 4) if without_namespaces() else SeparateHosts(folder, 4)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(folder)
+        os.environ.update(cluster.environment)
 
 
 @dataclass(frozen=True)
