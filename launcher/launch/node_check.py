@@ -22,7 +22,7 @@ from launcher.runs.directory import write_atomic
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-MEET_SECONDS = 20.0
+MEET_SECONDS = 10.0
 TRY_SECONDS = 0.2
 
 

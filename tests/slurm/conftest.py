@@ -129,6 +129,25 @@ class Queued:
     def kill_rank(self, rank: int) -> None:
         os.kill(self.ranks()[rank], signal.SIGKILL)
 
+    def freeze(self) -> None:
+        """Let no rank write anything more, until it is killed or goes on."""
+        for pid in self.ranks().values():
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let frozen ranks go on; one that was killed is gone."""
+        for pid in self.ranks().values():
+            os.kill(pid, signal.SIGCONT)
+
+    def tear_newest(self) -> int:
+        """Cut the newest whole checkpoint's largest file short; its step."""
+        newest, _ = newest_whole(self.run.checkpoints)
+        assert newest is not None
+        files = [path for path in newest.path.rglob("*") if path.is_file()]
+        largest = max(files, key=lambda path: path.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+        return newest.step
+
     def told(self) -> str:
         """All that a person would look at."""
         logs = sorted(self.run.path.glob("logs/**/*"))

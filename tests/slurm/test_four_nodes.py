@@ -57,8 +57,6 @@ def test_a_node_that_does_not_see_the_folder(hosts: SeparateHosts, tmp_path: Pat
     asked = ("--on=slurm", "--device=cpu", "--gpus=2", "--nodes=2", "--json")
     arguments = ("doctor", TINY, *asked, f"--output={folder / 'run'}")
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    good = sft(*arguments, **cache)
-    assert good.returncode == 0, good.stdout
     hosts.within("n2", "mount", "-t", "tmpfs", "tmpfs", str(folder))
     bad = sft(*arguments, **cache)
     assert bad.returncode == 4, bad.stdout
