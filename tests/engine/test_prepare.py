@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from launcher.runs.directory import RunDirectory
 from launcher.runs.prepared import RECORD, read_record
+from tests.engine.hub import hub
 from tests.support import ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
@@ -121,3 +123,22 @@ def test_what_has_changed_is_prepared_again(tmp_path: Path) -> None:
     assert "Traceback" not in failed.stderr
     assert "correct or remove" in failed.stderr
     assert read_record(run)["rows"] == {"train": 9}
+
+
+def test_a_model_of_the_hub_is_fetched_once_and_trained_offline(tmp_path: Path) -> None:
+    repository, output = tmp_path / "repository", tmp_path / "run"
+    shutil.copytree(MODEL, repository)
+    for name in ("pytorch_model.bin", "weights.gguf"):
+        (repository / name).write_bytes(b"what transformers does not load")
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    arguments = (TINY, "--model=lab/tiny", "--device=cpu", "--gpus=1", f"--output={output}")
+    settings = ("--set=training.max_steps=1", "--set=evaluation.exact_match=false")
+    quiet = ("--set=samples.prompts=[]",)
+    with hub("lab/tiny", repository) as (address, asked):
+        made = sft("data", "prepare", *arguments, *settings, *quiet, HF_ENDPOINT=address, **home)
+        assert made.returncode == 0, made.stderr
+    assert sorted(asked) == sorted(path.name for path in MODEL.iterdir())
+    # Nobody answers at that address any more.
+    done = sft(*arguments, *settings, *quiet, HF_ENDPOINT=address, **home)
+    assert done.returncode == 0, done.stderr
+    assert RunDirectory(output).read_status()["prepared"] is True
