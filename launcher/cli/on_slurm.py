@@ -156,7 +156,10 @@ def warn_unasked(slurm: SlurmSpec, output: str) -> None:
     from launcher.launch.check_job import place, remembered
 
     folder = existing_folder(output)
-    failed = remembered(place(folder, slurm.partition))
+    try:
+        failed = remembered(place(folder, slurm.partition))
+    except EnvironmentNotReady:
+        return  # the job is queued: a question about advice must not fail the command
     if failed is None:
         text = f"nobody has asked the nodes whether they see {folder}"
     elif failed:

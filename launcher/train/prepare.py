@@ -87,7 +87,9 @@ def prepare(plan: Plan, run: RunDirectory) -> dict[str, Any]:
         "tokens": _tokens(parts[TRAIN]),
         "seconds": round(time.monotonic() - started, 3),
     }
-    return _write(run, parts, record)
+    whole = _write(run, parts, record)
+    _say(run, "done")
+    return whole
 
 
 def fetch_model(model: Mapping[str, Any]) -> None:

@@ -83,6 +83,7 @@ def check_error(queued: Queued) -> None:
     assert "the preparation failed" in sft("status", str(queued.run.path)).stdout
 
 
+@pytest.mark.slow
 def test_preempted_while_it_tokenises(launch: Launch) -> None:
     """That is no failure: it is queued again, prepares, and the ranks read what it made."""
     queued = launch("--set=slurm.prepare=step", steps=2, nodes=1)

@@ -99,12 +99,18 @@ def test_containers(
     monkeypatch.setenv("SEEN", str(seen))
     monkeypatch.setenv("STAND_IN_TOKEN", "not-to-be-written")
     container = f"{{runtime: {runtime}, image: an image, environment: [STAND_IN_TOKEN]}}"
-    queued = launch(f"--set=slurm.container={container}", steps=2)
+    # In one of them rows are made ready in a step of the same container.
+    prepare = {"apptainer": "step", "pyxis": "none"}[runtime]
+    flags = (f"--set=slurm.container={container}", f"--set=slurm.prepare={prepare}")
+    queued = launch(*flags, steps=2)
     queued.until_over("completed")
+    assert queued.status["prepared"] is (prepare == "step")
     lines = seen.read_text("utf-8").splitlines()
     mounts = [line for line in lines if line.startswith(("--bind=", "--container-mounts="))]
     assert any(f"{queued.run.path}:{queued.run.path}" in line for line in mounts)
-    assert any(line.endswith("an image") for line in lines)
+    images = [line for line in lines if line.endswith("an image")]
+    # Each node's ranks, and the preparation once.
+    assert len(images) == {"apptainer": 3, "pyxis": 1}[runtime]
     if runtime == "apptainer":
         assert "token not-to-be-written" in lines
     else:
