@@ -112,6 +112,13 @@ PATTERNS = (
         "huggingface_hub",
     ),
     Pattern(
+        r"JSON parse error|DatasetGenerationError|CSV parse error|Parquet magic bytes"
+        r"|KeyError: '(text|messages|prompt|completion|role|content)'",
+        "a row is broken, or lacks what the dataset's form asks for",
+        "correct or remove it; the traceback in the log says what was being read",
+        "datasets 5.2 builder.py; TRL 1.16 SFTTrainer._prepare_dataset",
+    ),
+    Pattern(
         r"DataLoader worker .* killed|Bus error|unable to (open|allocate) shared memory",
         "shared memory is full",
         "raise /dev/shm (Docker: --shm-size or --ipc=host)",
