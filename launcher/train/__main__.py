@@ -19,6 +19,7 @@ from pathlib import Path
 from launcher.errors import ExitCode
 from launcher.plan.types import Plan, plan_from_json
 from launcher.runs.directory import RunDirectory, write_atomic
+from launcher.runs.failures import LEFT
 from launcher.runs.prepared import OFFLINE, usable
 from launcher.train.control import StoppedBeforeTraining, StopRequest
 from launcher.train.health import UnhealthyStepError
@@ -81,6 +82,8 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
         traceback.print_exc()
         raise
     finally:
+        # In its log: a rank without it was ended from outside.
+        sys.stderr.write(f"{LEFT}\n")
         sys.stdout.flush()
         sys.stderr.flush()
 
