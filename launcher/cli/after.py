@@ -7,8 +7,8 @@ import sys
 
 import click
 
+from launcher.cli.on_slurm import which_run
 from launcher.errors import ExitCode, SpecError
-from launcher.insight.find import find_run
 
 
 @click.command()
@@ -17,7 +17,7 @@ from launcher.insight.find import find_run
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 def generate(run_name: str | None, prompt: str, max_new_tokens: int) -> int:
     """Answer a prompt with the trained adapter or model."""
-    run = find_run(run_name)
+    run = which_run(run_name)
     if not run.final.is_dir():
         raise SpecError(
             "not_finished",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -10,16 +11,22 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from launcher.cli.options import Request
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.insight.find import find_run
+from launcher.plan.types import plan_from_json
+from launcher.render.secrets import hide
 from launcher.render.slurm import Origin
 from launcher.runs.directory import RunDirectory
+from launcher.runs.prepared import up_to_date
 from launcher.spec.schema import SlurmSpec
+
+if TYPE_CHECKING:
+    from launcher.launch.accounting import PastJob
 
 POLL_SECONDS = 1.0
 # Looks at the record between two questions to the controller, which many others ask too.
@@ -31,7 +38,8 @@ RUNNING = ("queued", "running")
 def origin() -> Origin:
     """This process, as the job script names it."""
     package_parent = Path(__file__).resolve().parents[2]
-    return Origin(shlex.join(["sftlaunch", *sys.argv[1:]]), sys.executable, str(package_parent))
+    command = hide(shlex.join(["sftlaunch", *sys.argv[1:]]), os.environ)
+    return Origin(command, sys.executable, str(package_parent))
 
 
 def has_job(record: Mapping[str, Any]) -> bool:
@@ -68,16 +76,42 @@ def which_run(name: str | None) -> RunDirectory:
     except SpecError:
         if name is None or shutil.which("squeue") is None:
             raise
-        from launcher.launch.slurm import run_of_job, run_of_name
         from launcher.launch.slurm_array import TASK, run_of_task
 
         if TASK.fullmatch(name):
             found = run_of_task(name)
         else:
-            found = run_of_job(int(name)) if name.isdecimal() else run_of_name(name)
+            found = _run_of_job(int(name)) if name.isdecimal() else _run_of_name(name)
         if found is None:
             raise
         return found
+
+
+def _run_of_job(number: int) -> RunDirectory | None:
+    """By a job's number, also one that only the accounting remembers."""
+    from launcher.launch.accounting import past_job
+    from launcher.launch.slurm import run_of_job
+
+    found = run_of_job(number)
+    past = past_job(number) if found is None else None
+    return _there(past.folder) if past is not None else found
+
+
+def _run_of_name(name: str) -> RunDirectory | None:
+    """By a run's name, which its jobs have, too."""
+    from launcher.launch.accounting import past_jobs_of_name
+    from launcher.launch.slurm import run_of_name
+
+    found = run_of_name(name)
+    if found is not None:
+        return found
+    past = (_there(job.folder) for job in reversed(past_jobs_of_name(name)))
+    return next((run for run in past if run is not None), None)
+
+
+def _there(folder: str) -> RunDirectory | None:
+    run = RunDirectory(Path(folder))
+    return run if run.exists() else None
 
 
 def queue_and_follow(
@@ -99,10 +133,12 @@ def queue_and_follow(
     from launcher.launch.slurm import submit
 
     try:
-        jobs = submit(run, slurm.chain or 1)
+        prepare = slurm.prepare == "job" and not rows_ready(run)
+        jobs = submit(run, slurm.chain or 1, prepare=prepare)
     except BaseException:
         run.restore(before)
         raise
+    warn_unasked(slurm, output)
     more = f" and {len(jobs) - 1} after it" if len(jobs) > 1 else ""
     click.echo(f"queued     job {jobs[0]}{more}; sftlaunch status {jobs[0]}", err=True)
     if not slurm.requeue and slurm.chain is None:
@@ -117,6 +153,25 @@ def queue_and_follow(
         click.echo(f"\njob {jobs[0]} goes on; sftlaunch cancel {jobs[0]} stops it", err=True)
         return ExitCode.DONE
     return _say_end(run, output, request.json)
+
+
+def warn_unasked(slurm: SlurmSpec, output: str) -> None:
+    """Say where no job has asked the nodes yet whether they see the folder, or one said no."""
+    from launcher.cli.doctor import existing_folder
+    from launcher.launch.check_job import place, remembered
+
+    folder = existing_folder(output)
+    try:
+        failed = remembered(place(folder, slurm.partition))
+    except EnvironmentNotReady:
+        return  # the job is queued: a question about advice must not fail the command
+    if failed is None:
+        text = f"nobody has asked the nodes whether they see {folder}"
+    elif failed:
+        text = f"the nodes were not ready when they were asked ({', '.join(failed)})"
+    else:
+        return
+    click.secho(f"warning    {text}: sftlaunch doctor --on slurm", fg="yellow", err=True)
 
 
 def follow_job(run: RunDirectory) -> None:
@@ -146,7 +201,29 @@ def settle(run: RunDirectory) -> None:
         run.update_status(state="preempted", stage="cancelled")
         return
     message = "its job ended without a word: killed past its grace, or with its node"
+    record = run.read_status()
+    if "prepare" in record.get("slurm", {}) and not record.get("attempts"):
+        message = "the preparation ended without a word: out of time or memory, or with its node"
+    past = last_past_job(record)
+    if past is not None:
+        message = f"job {past.number} ended as {past.state}: {past.meaning}"
     run.update_status(state="failed", error={"message": message, "log": "logs"})
+
+
+def last_past_job(record: Mapping[str, Any]) -> PastJob | None:
+    """The job that a run ended with, by the accounting; one that never ran says nothing."""
+    from launcher.launch.accounting import past_job
+    from launcher.launch.slurm import job_numbers
+
+    found = [job for number in job_numbers(record) if (job := past_job(number)) is not None]
+    told = [job for job in found if job.state != "COMPLETED"]
+    return told[0] if told else None
+
+
+def rows_ready(run: RunDirectory) -> bool:
+    """Whether a run's rows were prepared already, by `data prepare` or an earlier attempt."""
+    plan = plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    return up_to_date(plan, run)
 
 
 def _say_end(run: RunDirectory, output: str, as_json: bool) -> ExitCode:
@@ -157,12 +234,22 @@ def _say_end(run: RunDirectory, output: str, as_json: bool) -> ExitCode:
     if code is ExitCode.DONE:
         click.echo(f"done: step {record.get('step')}, {output}/final", err=True)
         return code
-    error = record.get("error") or {}
-    if error.get("message"):
-        click.secho("error: ", fg="red", nl=False, err=True)
-        click.echo(str(error["message"]), err=True)
+    if (record.get("error") or {}).get("message"):
+        show_error(record["error"])
     click.echo(f"{record.get('stage')}; go on with: sftlaunch resume {output} --on slurm", err=True)
     return code
+
+
+def show_error(error: Mapping[str, Any]) -> None:
+    """What status.json says of a failure, with its cause and fix where they are known."""
+    click.secho("error: ", fg="red", nl=False, err=True)
+    click.echo(str(error["message"]), err=True)
+    if error.get("cause"):
+        click.echo(f"  probable cause: {error['cause']}", err=True)
+    if error.get("fix"):
+        click.echo(f"  fix: {error['fix']}", err=True)
+    if error.get("log"):
+        click.echo(f"  full log: {error['log']}", err=True)
 
 
 def job_record(run: RunDirectory) -> dict[str, Any]:
@@ -176,7 +263,17 @@ def job_record(run: RunDirectory) -> dict[str, Any]:
         job = current_job(run)
     except EnvironmentNotReady:
         return {"job": {"state": "unknown: the controller does not answer"}}
-    return {"job": asdict(job)} if job is not None and job.alive else {}
+    if job is not None and job.alive:
+        return {"job": asdict(job)}
+    # Its record says that it runs, and the queue does not: nobody could write down why.
+    return {"job": _lost(record)} if record.get("state") in RUNNING else {}
+
+
+def _lost(record: Mapping[str, Any]) -> dict[str, Any]:
+    past = last_past_job(record)
+    number = past.number if past else record["slurm"]["job"]
+    why = f"{past.state}: {past.meaning}" if past else "not in this cluster's queue any more"
+    return {"number": number, "state": why, "over": True}
 
 
 def job_text(record: Mapping[str, Any]) -> str:
@@ -186,6 +283,8 @@ def job_text(record: Mapping[str, Any]) -> str:
         return ""
     if "number" not in job:
         return f"  ({job['state']})"
+    if job.get("over"):
+        return f"  (job {job['number']}: {job['state']})"
     text = f"  (job {job['number']} {job['state'].lower()}"
     if job["position"]:
         text += f", {job['position']} in the queue: {job['reason']}"

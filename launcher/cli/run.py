@@ -28,11 +28,11 @@ from launcher.cli.going_on import (
     with_measured_save,
     with_source_of,
 )
-from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued
+from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued, which_run
 from launcher.cli.options import Request, load_request, make_request, plan_options
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.facts.probe import Facts, probe
-from launcher.insight.find import find_run, find_sweep
+from launcher.insight.find import find_sweep
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
 from launcher.render.files import run_files, with_files
@@ -40,6 +40,7 @@ from launcher.render.slurm import SCRIPT, Origin
 from launcher.render.text import plan_lines
 from launcher.runs.checkpoints import Checkpoint, remove_unsealed
 from launcher.runs.directory import RunDirectory
+from launcher.runs.prepared import only_prepared
 from launcher.spec.load import Override
 
 
@@ -99,15 +100,16 @@ def run(dry_run: bool, **arguments: Any) -> int:
 def resume(dry_run: bool, **arguments: Any) -> int:
     """Go on with a RUN from its last whole checkpoint, also on other hardware.
 
-    SPEC is a run directory here, or its name below ./runs; the newest one without it. The
-    global batch stays as it is: on another number of GPUs the accumulation is solved again.
+    SPEC is a run directory here: its path, its name or a job number; the newest one below
+    ./runs without it. The global batch stays as it is: on another number of GPUs the
+    accumulation is solved again.
     """
     sweep = find_sweep(arguments["spec_path"])
     if sweep is not None:
         from launcher.cli.sweep import resume_sweep
 
         return resume_sweep(sweep, make_request(arguments), dry_run=dry_run)
-    found = find_run(arguments["spec_path"])
+    found = which_run(arguments["spec_path"])
     request = dataclasses.replace(make_request(arguments), spec=str(found.spec))
     if request.sweep:
         raise SpecError(
@@ -243,7 +245,7 @@ def decide(request: Request) -> Decided:
     facts = probe(loaded.spec)
     planned = make_plan(loaded.spec, facts)
     output = planned.spec.output or "runs/run"
-    if recipe and not request.output_said:
+    if recipe and not request.output_said and not only_prepared(Path(output)):
         output = free_name(output)
     path = os.path.abspath(output)  # noqa: PTH100 - keeps links
     slurm = origin() if request.target == "slurm" else None
@@ -310,7 +312,7 @@ def _refuse_taken(run_directory: RunDirectory, output: str) -> None:
             why="a run is never overwritten",
             fix=f"use --output {free_name(output)}, or --resume auto to go on with it",
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not only_prepared(path):
         raise SpecError(
             "output_taken",
             f"{output} exists and is no empty folder",

@@ -56,30 +56,45 @@ def ask_live(sweep: SweepDirectory) -> Mapping[str, Task] | None:
     return live_tasks()
 
 
-def show_status(sweep: SweepDirectory, as_json: bool) -> ExitCode:
-    """`status SWEEP`."""
-    show_states(sweep, as_json=as_json)
-    return ExitCode.DONE
-
-
 def show_states(sweep: SweepDirectory, *, as_json: bool) -> list[RunState]:
     """One line a run, or all of it as JSON."""
-    try:
-        states = run_states(sweep, ask_live(sweep))
-    except EnvironmentNotReady as refusal:
-        if not as_json:
-            click.echo(f"({refusal.message}: states are those of the records)", err=True)
-        states = run_states(sweep, None)
-    if as_json:
-        click.echo(json.dumps(_as_json(sweep, states), indent=1))
-        return states
-    click.echo(f"{sweep.path}  {counts_text(states)}")
-    for line in _table(states):
+    states = states_of(sweep, quiet=as_json)
+    for line in state_lines(sweep, states, as_json=as_json):
         click.echo(line)
     return states
 
 
-def _as_json(sweep: SweepDirectory, states: Sequence[RunState]) -> dict[str, object]:
+def states_of(sweep: SweepDirectory, *, quiet: bool) -> list[RunState]:
+    """All runs, by the controller where it answers."""
+    try:
+        return run_states(sweep, ask_live(sweep))
+    except EnvironmentNotReady as refusal:
+        if not quiet:
+            click.echo(f"({refusal.message}: states are those of the records)", err=True)
+        return run_states(sweep, None)
+
+
+def state_lines(
+    sweep: SweepDirectory, states: Sequence[RunState], *, as_json: bool = False
+) -> list[str]:
+    """The whole of a sweep, one line a run; or the lines of one JSON object."""
+    if as_json:
+        return [json.dumps(as_record(sweep, states), indent=1)]
+    return [summary(sweep, states), *_table(states)]
+
+
+def summary(sweep: SweepDirectory, states: Sequence[RunState]) -> str:
+    """A sweep in one line."""
+    return f"{sweep.path}  {counts_text(states)}"
+
+
+def any_on_the_way(states: Sequence[RunState]) -> bool:
+    """Whether a run waits or runs."""
+    return any(not one.lost and (one.job or one.state in ON_THE_WAY) for one in states)
+
+
+def as_record(sweep: SweepDirectory, states: Sequence[RunState]) -> dict[str, object]:
+    """A sweep and its runs as `--json` has them."""
     record = sweep.read()
     return {
         "sweep": {
@@ -176,7 +191,7 @@ def end_of(sweep: SweepDirectory, as_json: bool) -> ExitCode:
     """The table of final losses, what is left to do, and the exit code of the whole."""
     states = run_states(sweep, None)
     if as_json:
-        click.echo(json.dumps(_as_json(sweep, states), indent=1))
+        click.echo(json.dumps(as_record(sweep, states), indent=1))
     else:
         for line in _table(states):
             click.echo(line)

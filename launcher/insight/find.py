@@ -49,6 +49,12 @@ def _refuse_sweep(sweep: SweepDirectory) -> None:
         )
 
 
+def known_sweeps() -> list[SweepDirectory]:
+    """Sweeps below ./runs, by name."""
+    found = (SweepDirectory(path) for path in sorted(RUNS.glob("*")))
+    return [sweep for sweep in found if sweep.exists()]
+
+
 def known_runs() -> list[RunDirectory]:
     """Runs below ./runs, the oldest first."""
     plans = sorted(RUNS.glob("*/plan.json"), key=lambda path: path.stat().st_mtime)

@@ -59,10 +59,15 @@ def check_environment(plan: Plan, present_gpus: int) -> None:
             fix="use --dry-run to plan for other hardware, --on slurm to run elsewhere, "
             "or --device cpu to rehearse here",
         )
-    _check_packages(plan)
+    check_packages(plan)
 
 
-def _check_packages(plan: Plan) -> None:
+def check_packages(plan: Plan) -> None:
+    """Refuse a machine that lacks what the plan's ranks import.
+
+    Raises:
+        EnvironmentNotReady: with what to install.
+    """
     from importlib.util import find_spec  # noqa: PLC0415 - only a run pays for it
 
     needed = ["torch", "transformers", "trl", "accelerate", "datasets"]
@@ -153,7 +158,7 @@ def launch(
                 MARK: os.path.realpath(run.path),
                 STARTED: str(time.time()),
                 # Ranks import this very package, also from a checkout.
-                "PYTHONPATH": _python_path(),
+                "PYTHONPATH": python_path(),
             },
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -190,7 +195,8 @@ def start_argv(plan: Plan) -> list[str]:
     return [program, *plan.command[1:]]
 
 
-def _python_path() -> str:
+def python_path() -> str:
+    """PYTHONPATH under which processes import this very package."""
     package_parent = str(Path(__file__).resolve().parents[2])
     inherited = os.environ.get("PYTHONPATH", "")
     return os.pathsep.join(part for part in (package_parent, inherited) if part)

@@ -31,6 +31,8 @@ class End(str, Enum):
     UNHEALTHY = "unhealthy"
     CANCELLED = "cancelled"
     STOPPED = "stopped"
+    UNPREPARED = "unprepared"
+    """The rows could not be made ready; no rank was started."""
 
 
 class Action(str, Enum):
@@ -87,6 +89,7 @@ FINAL = {
     End.CANCELLED: Decision(Action.STOP, "it was cancelled"),
     End.STOPPED: Decision(Action.STOP, "its own limit (limits.stop_after) was reached"),
     End.UNHEALTHY: Decision(Action.STOP, "the same step would be unhealthy again"),
+    End.UNPREPARED: Decision(Action.STOP, "the preparation failed"),
 }
 
 
@@ -108,6 +111,8 @@ class Traces:
     """Whether the launcher's own cancel asked for the end."""
     unhealthy: bool
     """Whether a rank recorded an unhealthy step."""
+    unprepared: bool = False
+    """Whether it was the preparation that ended."""
 
 
 def tell_end(traces: Traces) -> End:
@@ -128,6 +133,7 @@ def tell_end(traces: Traces) -> End:
         ("DUE TO TIME LIMIT" in traces.log, End.TIMEOUT),
         (bool(terms), End.CANCELLED),
         (warned, End.TIMEOUT),
+        (traces.unprepared, End.UNPREPARED),
         (traces.unhealthy, End.UNHEALTHY),
         (traces.state == "preempted" and "--stop-after" in traces.stage, End.STOPPED),
         # The others are told to stop, and do, where one was killed.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import EnvironmentNotReady, PlanRefused, SpecError
 from launcher.plan.types import Plan, Topology
-from launcher.render.slurm import SCRIPT
+from launcher.render.slurm import PREPARE_SCRIPT, SCRIPT
 from launcher.runs.directory import RunDirectory
 from launcher.spec.durations import seconds
 from launcher.spec.schema import SlurmSpec
@@ -67,10 +68,14 @@ def check(plan: Plan, slurm: SlurmSpec) -> None:
         )
     _check_controller()
     partition = _partition(slurm.partition)
+    if slurm.prepare == "job" and slurm.prepare_partition is not None:
+        _partition(slurm.prepare_partition, "slurm.prepare_partition")
     _check_account(slurm.account)
     _check_size(plan.topology, partition)
     _check_time(slurm, partition)
-    _test_only(plan.files[SCRIPT])
+    for name in (PREPARE_SCRIPT, SCRIPT):
+        if name in plan.files:
+            _test_only(plan.files[name])
 
 
 def ask(
@@ -125,7 +130,7 @@ def _check_controller() -> None:
         raise no_controller(_one_line(done.stderr or done.stdout))
 
 
-def _partition(name: str | None) -> dict[str, str]:
+def _partition(name: str | None, key: str = "slurm.partition") -> dict[str, str]:
     """The partition that will be used, the default one without a name."""
     done = ask(["scontrol", "show", "partition", "--oneliner"])
     found = [fields(line) for line in done.stdout.splitlines() if line.strip()]
@@ -134,7 +139,7 @@ def _partition(name: str | None) -> dict[str, str]:
             return one
     known = ", ".join(one["PartitionName"] for one in found) or "none"
     what = f"partition {name!r} does not exist" if name else "the cluster has no default partition"
-    raise SpecError("unknown_partition", what, fix=f"set slurm.partition to one of: {known}")
+    raise SpecError("unknown_partition", what, fix=f"set {key} to one of: {known}")
 
 
 def _check_account(name: str | None) -> None:
@@ -200,20 +205,21 @@ def _test_only(script: str) -> None:
     if done.returncode:
         raise PlanRefused(
             "slurm_refused",
-            f"Slurm would not take the job: {_words(done.stderr)}",
+            f"Slurm would not take the job: {refusal_words(done.stderr)}",
             fix="correct slurm: in the spec; --dry-run shows the script",
         )
 
 
-def submit(run: RunDirectory, chain: int) -> list[int]:
+def submit(run: RunDirectory, chain: int, *, prepare: bool = False) -> list[int]:
     """Queue a run whose files are written; its record holds the jobs before one can start.
 
     Args:
         run: with job.sbatch.
         chain: jobs that continue one another, at least 1.
+        prepare: whether a job of its own makes the rows ready before the first of them.
 
     Returns:
-        Job numbers, the first one first.
+        Numbers of the jobs that train, the first one first.
 
     Raises:
         EnvironmentNotReady: where Slurm refuses; nothing stays queued then.
@@ -221,24 +227,37 @@ def submit(run: RunDirectory, chain: int) -> list[int]:
     run.logs(1).parent.mkdir(parents=True, exist_ok=True)
     run.cancelled.unlink(missing_ok=True)
     jobs: list[int] = []
+    # Held until the record holds its number: a job may start before sbatch has returned.
+    first = ["--hold"]
     try:
-        for _ in range(chain):
-            jobs.append(_queue(run, jobs))
-        run.update_status(state="queued", stage="queued", slurm={"job": jobs[0], "jobs": jobs})
+        if prepare:
+            jobs.append(_queue(run, PREPARE_SCRIPT, first))
+            first = _after("afterok", jobs[0])
+        jobs.append(_queue(run, SCRIPT, first))
+        for _ in range(chain - 1):
+            jobs.append(_queue(run, SCRIPT, _after("afternotok", jobs[-1])))
+        _record(run, jobs, prepare=prepare)
         release(jobs[0])
     except BaseException:
         if jobs:
             ask(["scancel", *map(str, jobs)])
         raise
-    return jobs
+    return jobs[prepare:]
 
 
-def _queue(run: RunDirectory, earlier: Sequence[int]) -> int:
-    # Held until the record holds its number: a job may start before sbatch has returned.
-    options = ["--hold"]
-    if earlier:
-        options = [f"--dependency=afternotok:{earlier[-1]}", "--kill-on-invalid-dep=yes"]
-    done = ask(["sbatch", "--parsable", *options, SCRIPT], SUBMIT_SECONDS, folder=run.path)
+def _record(run: RunDirectory, jobs: Sequence[int], *, prepare: bool) -> None:
+    ours = list(jobs[prepare:])
+    numbers = {"job": ours[0], "jobs": ours, **({"prepare": jobs[0]} if prepare else {})}
+    run.update_status(state="queued", stage="queued", slurm=numbers)
+
+
+def _after(how: str, job: int) -> list[str]:
+    """Options of a job that waits for another, and goes where that wait can never end."""
+    return [f"--dependency={how}:{job}", "--kill-on-invalid-dep=yes"]
+
+
+def _queue(run: RunDirectory, script: str, options: Sequence[str]) -> int:
+    done = ask(["sbatch", "--parsable", *options, script], SUBMIT_SECONDS, folder=run.path)
     if done.returncode:
         raise not_queued(done.stderr)
     return int(done.stdout.split(";")[0])
@@ -259,7 +278,7 @@ def not_queued(text: str) -> EnvironmentNotReady:
     """The refusal for what sbatch or scontrol said."""
     return EnvironmentNotReady(
         "not_queued",
-        f"the job was not queued: {_words(text)}",
+        f"the job was not queued: {refusal_words(text)}",
         fix="correct slurm: in the spec, or try again",
     )
 
@@ -289,9 +308,15 @@ def _position(number: int | str, partition: str) -> int | None:
 
 def current_job(run: RunDirectory) -> Job | None:
     """The first of a run's jobs that is not over; else the last one that is still known."""
-    numbers = run.read_status().get("slurm", {}).get("jobs", [])
+    numbers = job_numbers(run.read_status())
     known = [job for number in numbers if (job := look(number)) is not None]
     return next((job for job in known if job.alive), known[-1] if known else None)
+
+
+def job_numbers(record: Mapping[str, Any]) -> list[int]:
+    """All jobs of a run's last submission, in the order in which they start."""
+    slurm = record.get("slurm", {})
+    return [*([slurm["prepare"]] if "prepare" in slurm else []), *slurm.get("jobs", [])]
 
 
 def run_of_job(number: int) -> RunDirectory | None:
@@ -315,7 +340,7 @@ def stop(run: RunDirectory, *, save: bool) -> None:
         run: with jobs.
         save: whether the ranks of a running job save first; its batch script ends it then.
     """
-    numbers = run.read_status().get("slurm", {}).get("jobs", [])
+    numbers = job_numbers(run.read_status())
     jobs = [job for number in numbers if (job := look(number)) is not None and job.alive]
     running = [str(job.number) for job in jobs if not job.pending]
     run.cancelled.touch()
@@ -333,7 +358,7 @@ def fields(line: str) -> dict[str, str]:
     return {key: value for key, equals, value in pairs if equals}
 
 
-def _words(text: str) -> str:
+def refusal_words(text: str) -> str:
     """What sbatch said, without its own name in front of every line."""
     return _one_line(re.sub(r"(?m)^(sbatch|scontrol|allocation failure): (error: )?", "", text))
 

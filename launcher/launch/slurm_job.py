@@ -1,8 +1,10 @@
 """What the batch script of a Slurm job asks: `python -m launcher.launch.slurm_job VERB RUN`.
 
 `begin RUN` prints the number of the attempt that starts now, or nothing where the run must
-not go on. `end RUN CODE` prints done, requeue, next or stop. `refuse RUN REASON` records
-why no ranks were started. It runs beside the ranks, outside any container, without torch.
+not go on. `prepared RUN` prints yes where its rows are ready. `end RUN CODE [preparation]`
+prints done, requeue, next or stop. `refuse RUN REASON` records why no ranks were started,
+`unprepared RUN CODE` that a preparation job has failed. It runs beside the ranks, outside any
+container, without torch.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.launch.requeue import (
+    FINAL,
     Action,
     Attempt,
     Decision,
@@ -28,10 +31,12 @@ from launcher.launch.requeue import (
     may_begin,
     tell_end,
 )
+from launcher.plan.types import plan_from_json
 from launcher.render.slurm import may_requeue
 from launcher.runs.checkpoints import newest_whole
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import find_failure
+from launcher.runs.prepared import preparation_error, up_to_date
 from launcher.spec.load import load_spec
 
 UNHEALTHY = "UnhealthyStepError"
@@ -65,15 +70,40 @@ def begin(run: RunDirectory, job: Mapping[str, str]) -> str:
     return str(number)
 
 
-def end(run: RunDirectory, job: Mapping[str, str], code: str) -> str:
-    """What the batch script does now."""
+def prepared(run: RunDirectory, job: Mapping[str, str]) -> str:
+    """Whether the rows that the ranks need are there, as anything or nothing."""
+    plan = plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    return "yes" if plan.worker.dataset is None or up_to_date(plan, run) else ""
+
+
+def unprepared(run: RunDirectory, job: Mapping[str, str], code: str) -> str:
+    """Record that the preparation job failed, and let no other job of the run wait for it."""
+    error = preparation_error(run, f"it ended with exit code {code}")
+    run.update_status(state="failed", stage=FINAL[End.UNPREPARED].reason, error=error)
+    _cancel(run.read_status().get("slurm", {}).get("jobs", []))
+    return ""
+
+
+def end(run: RunDirectory, job: Mapping[str, str], code: str, at: str = "ranks") -> str:
+    """What the batch script does now.
+
+    Args:
+        run: the run.
+        job: this process's environment.
+        code: exit code of what has ended.
+        at: what that was, ranks or preparation.
+    """
     record = run.read_status()
     attempts = read_attempts(record)
     last = attempts[-1]
     # torchrun's own restarts count on from the attempt that the job began.
     number = max(last.number, int(record.get("attempt") or 0))
     attempts[-1] = dataclasses.replace(
-        last, to_step=_step(run), end=tell_end(_traces(run, record, last, number))
+        last,
+        to_step=_step(run),
+        end=tell_end(
+            dataclasses.replace(_traces(run, record, last, number), unprepared=at == "preparation")
+        ),
     )
     name = _name(record, job)
     rules = read_rules(run, record, name)
@@ -81,6 +111,8 @@ def end(run: RunDirectory, job: Mapping[str, str], code: str) -> str:
     if attempts[-1].end in (End.CRASH, End.UNHEALTHY):
         failure = find_failure(run, number, f"the ranks ended with exit code {code}")
         run.update_status(error=failure.as_json())
+    elif attempts[-1].end is End.UNPREPARED:
+        run.update_status(error=preparation_error(run, f"it ended with exit code {code}"))
     _write(run, attempts, decision)
     if decision.action in (Action.DONE, Action.STOP):
         _drop_chain(record, name)
@@ -181,15 +213,18 @@ def _state(action: Action, last: Attempt) -> str:
     if action is not Action.STOP:
         return "preempted"
     # What can be resumed is not lost; a crash has its error to look at.
-    return "failed" if last.end in (End.CRASH, End.UNHEALTHY) else "preempted"
+    return "failed" if last.end in (End.CRASH, End.UNHEALTHY, End.UNPREPARED) else "preempted"
 
 
 def _drop_chain(record: Mapping[str, Any], job: int | str) -> None:
     """Jobs of the chain that have nothing to do any more."""
     jobs = record.get("slurm", {}).get("jobs", [])
-    rest = [str(other) for other in jobs[jobs.index(job) + 1 :]] if job in jobs else []
-    if rest:
-        subprocess.run(["scancel", *rest], check=False, timeout=SCANCEL_SECONDS)
+    _cancel(jobs[jobs.index(job) + 1 :] if job in jobs else [])
+
+
+def _cancel(jobs: Sequence[int | str]) -> None:
+    if jobs:
+        subprocess.run(["scancel", *map(str, jobs)], check=False, timeout=SCANCEL_SECONDS)
 
 
 def _name(record: Mapping[str, Any], job: Mapping[str, str]) -> int | str:
@@ -199,7 +234,13 @@ def _name(record: Mapping[str, Any], job: Mapping[str, str]) -> int | str:
     return task if task in record.get("slurm", {}).get("jobs", []) else int(job["SLURM_JOB_ID"])
 
 
-VERBS: dict[str, Callable[..., str]] = {"begin": begin, "end": end, "refuse": refuse}
+VERBS: dict[str, Callable[..., str]] = {
+    "begin": begin,
+    "end": end,
+    "prepared": prepared,
+    "refuse": refuse,
+    "unprepared": unprepared,
+}
 
 
 def main(arguments: list[str]) -> None:

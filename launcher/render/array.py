@@ -9,6 +9,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
+from launcher.errors import SpecError
 from launcher.plan.make import Planned
 from launcher.plan.types import Plan
 from launcher.render.slurm import (
@@ -46,6 +47,12 @@ def array_script(runs: Sequence[Planned], sweep_directory: str, origin: Origin) 
     """
     plan, spec = _widest(runs), _with_all_mounts(runs)
     slurm = spec.slurm
+    if slurm.prepare == "job":
+        raise SpecError(
+            "sweep_prepare",
+            "the runs of a sweep do not wait for preparation jobs of their own",
+            fix="use --set slurm.prepare=step: each task prepares its rows, then trains",
+        )
     if slurm.container is not None:
         refuse_unmountable((sweep_directory,), slurm.container)
     array = array_range(range(len(runs)), slurm.array_throttle)

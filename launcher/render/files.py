@@ -15,7 +15,13 @@ from launcher import __version__
 from launcher.plan.engine import RUN_DIRECTORY
 from launcher.plan.make import Planned, spec_as_mapping
 from launcher.plan.types import Plan
-from launcher.render.slurm import SCRIPT, Origin, job_script
+from launcher.render.slurm import (
+    PREPARE_SCRIPT,
+    SCRIPT,
+    Origin,
+    job_script,
+    prepare_script,
+)
 from launcher.render.torchrun import command_script, launch_environment, torchrun_argv
 from launcher.spec.document import FLOAT
 from launcher.spec.schema import Spec
@@ -65,6 +71,8 @@ def with_files(
     }
     if slurm is not None:
         files[SCRIPT] = job_script(plan, planned.spec, run_directory, slurm)
+        if planned.spec.slurm.prepare == "job":
+            files[PREPARE_SCRIPT] = prepare_script(plan, planned.spec, run_directory, slurm)
     elif script:
         files["command.sh"] = command_script(argv, environment, plan.topology)
     if planned.engine.deepspeed is not None:

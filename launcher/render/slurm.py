@@ -18,11 +18,16 @@ from launcher.assets import asset
 from launcher.errors import SpecError
 from launcher.plan.types import Plan, Topology
 from launcher.render.quote import exports
+from launcher.render.secrets import hide
 from launcher.render.torchrun import launch_environment, rank_options
+from launcher.runs.prepared import LOG as PREPARE_LOG
 from launcher.spec.durations import seconds
 from launcher.spec.schema import ContainerSpec, SlurmSpec, Spec
 
 SCRIPT = "job.sbatch"
+PREPARE_SCRIPT = "prepare.sbatch"
+CHECK_SCRIPT = "check.sbatch"
+CHECK_MINUTES = 5
 # Processors of a rank where nothing was said: data loading and the host side of a GPU.
 RANK_CPUS = {"cuda": 8, "cpu": 1}
 # Slurm looks at its clock once a minute, so a warning may come that much early.
@@ -97,17 +102,11 @@ def script_values(plan: Plan, spec: Spec, run_directory: str, origin: Origin) ->
     _refuse_patterns(run_directory)
     topology, slurm = plan.topology, spec.slurm
     return {
-        "VERSION": __version__,
-        "COMMAND": _comment(origin.command),
+        **_common(plan, spec, run_directory, origin),
         "DIRECTIVES": directives(plan, slurm, run_directory),
-        "RUN": shlex.quote(run_directory),
         "JOB": "$SLURM_JOB_ID",
-        "ENVIRONMENT": _environment(topology, slurm, origin),
-        "PYTHON": shlex.quote(origin.python),
-        "PYTHONPATH": shlex.quote(origin.python_path),
-        "BEFORE": _before(slurm),
+        "PREPARE": slurm.prepare,
         "STEP": words(_step(topology, slurm)),
-        "CONTAINER": words(container_argv(plan, spec, run_directory)),
         "RANKS": words(
             (
                 f"--nnodes={topology.nodes}",
@@ -117,11 +116,37 @@ def script_values(plan: Plan, spec: Spec, run_directory: str, origin: Origin) ->
     }
 
 
-def fill(values: Mapping[str, str]) -> str:
-    """The template with its placeholders replaced."""
-    template = asset("slurm", SCRIPT).read_text(encoding="utf-8")
+def fill(values: Mapping[str, str], name: str = SCRIPT) -> str:
+    """A template with its placeholders replaced."""
+    template = asset("slurm", name).read_text(encoding="utf-8")
     # One pass: a value that looks like a placeholder stays what it is.
     return PLACEHOLDER.sub(lambda found: values[found[1] or found[2]], template)
+
+
+def prepare_script(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -> str:
+    """The script of the job that makes a run's rows ready; see `job_script`."""
+    values = {
+        **_common(plan, spec, run_directory, origin),
+        "DIRECTIVES": prepare_directives(plan, spec.slurm, run_directory),
+        "CPUS": str(_prepare_cpus(plan.topology, spec.slurm)),
+    }
+    return fill(values, PREPARE_SCRIPT)
+
+
+def _common(plan: Plan, spec: Spec, run_directory: str, origin: Origin) -> dict[str, str]:
+    """Placeholders of both scripts."""
+    topology, slurm = plan.topology, spec.slurm
+    return {
+        "VERSION": __version__,
+        "COMMAND": _comment(origin.command),
+        "RUN": shlex.quote(run_directory),
+        "ENVIRONMENT": _environment(topology, slurm, origin),
+        "PYTHON": shlex.quote(origin.python),
+        "PYTHONPATH": shlex.quote(origin.python_path),
+        "BEFORE": _before(slurm),
+        "CPUS": str(cpus_per_node(topology, slurm)),
+        "CONTAINER": words(container_argv(plan, spec, run_directory)),
+    }
 
 
 def words(elements: Iterable[str], quote: Callable[[str], str] = shlex.quote) -> str:
@@ -155,6 +180,83 @@ def directives(
         ("requeue" if may_requeue(slurm) else "no-requeue"): True,
         **(more or {}),
     }
+    return _directive_lines(options)
+
+
+def prepare_directives(plan: Plan, slurm: SlurmSpec, run_directory: str) -> str:
+    """The `#SBATCH` lines of the preparation's own job: one task, no GPUs.
+
+    Another partition has time limits of its own: its default holds there. Further
+    directives are the training job's alone.
+    """
+    places = _places(slurm, run_directory)
+    if slurm.prepare_partition is not None:
+        # These name nodes and rules of the other partition.
+        places |= dict.fromkeys(("constraint", "exclude", "qos", "reservation"), None)
+    limit = None if slurm.prepare_partition else slurm.time_limit
+    return _directive_lines(
+        {
+            **places,
+            "cpus-per-task": _prepare_cpus(plan.topology, slurm),
+            "job-name": f"{Path(run_directory).name}-prepare",
+            "nodes": 1,
+            "ntasks": 1,
+            "open-mode": "append",
+            "output": PREPARE_LOG,
+            "partition": slurm.prepare_partition or slurm.partition,
+            "time": clock(seconds(limit)) if limit else None,
+            ("requeue" if slurm.requeue else "no-requeue"): True,
+        }
+    )
+
+
+def check_script(
+    slurm: SlurmSpec, topology: Topology, folder: str, word: str, nodes: int, origin: Origin
+) -> str:
+    """The script of a tiny job that asks the nodes what they see.
+
+    Args:
+        slurm: of the run that it asks for.
+        topology: of that run.
+        folder: absolute path, with a file that holds `word`.
+        word: what tells this folder from another one of the same name.
+        nodes: how many are asked.
+        origin: who makes it.
+    """
+    _refuse_secrets(slurm)
+    options: dict[str, str | int | bool | None] = {
+        **slurm.directives,
+        **_places(slurm, folder),
+        # From where every node can start; what it prints is of no use.
+        "chdir": "/",
+        "output": "/dev/null",
+        "job-name": "sftlaunch-doctor",
+        "cpus-per-task": 1,
+        "nodes": nodes,
+        "ntasks-per-node": 1,
+        "no-requeue": True,
+        "time": clock(CHECK_MINUTES * MINUTE),
+    }
+    bare = slurm.model_copy(update={"container": None})
+    values = {
+        "VERSION": __version__,
+        "COMMAND": _comment(origin.command),
+        "DIRECTIVES": _directive_lines(options),
+        "RUN": shlex.quote(folder),
+        "ENVIRONMENT": _environment(topology, bare, origin),
+        "BEFORE": _before(slurm),
+        "WORD": shlex.quote(word),
+        "PYTHON": shlex.quote(origin.python),
+    }
+    return fill(values, CHECK_SCRIPT)
+
+
+def _prepare_cpus(topology: Topology, slurm: SlurmSpec) -> int:
+    """Threads of one tokenizer; a node without GPUs may have fewer than one with them."""
+    return min(cpus_per_node(topology, slurm), RANK_CPUS["cuda"])
+
+
+def _directive_lines(options: Mapping[str, str | int | bool | None]) -> str:
     said = sorted(name for name, value in options.items() if _is_said(value))
     return "\n".join(_directive(name, options[name]) for name in said)
 
@@ -345,7 +447,21 @@ def _refuse_unsafe(slurm: SlurmSpec) -> None:
                 f"slurm.directives.{name} is set by the plan",
                 fix=f"use {OWNED[name]}",
             )
+    _refuse_secrets(slurm)
     _refuse_times(slurm)
+
+
+def _refuse_secrets(slurm: SlurmSpec) -> None:
+    """Scripts are read by others: what is secret reaches a job by its variable's name."""
+    texts = [*slurm.before, *map(str, slurm.directives.values())]
+    found = next((text for text in texts if hide(text, {}) != text), None)
+    if found is not None:
+        raise SpecError(
+            "secret",
+            f"{hide(found, {})!r} under slurm holds what looks like a secret",
+            why="it would be written into the job script",
+            fix="export the variable before sftlaunch; a job inherits the environment",
+        )
 
 
 def _refuse_patterns(run_directory: str) -> None:

@@ -98,6 +98,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def prepared(self) -> Path:
+        """Tokenised rows; whole only with their record (`launcher.runs.prepared`)."""
+        return self.path / "prepared"
+
+    @property
     def final(self) -> Path:
         """The trained adapter or model, and its tokenizer."""
         return self.path / "final"
@@ -156,13 +161,23 @@ class RunDirectory:
     def restore(self, before: Mapping[str, bytes] | None) -> None:
         """Undo `create`: what was not there goes, what was there is as it was."""
         if before is None:
-            shutil.rmtree(self.path)
+            self._remove_all_but_prepared()
             return
         for path in [path for path in self.path.iterdir() if path.is_file()]:
             if path.name not in before:
                 path.unlink()
         for name, content in before.items():
             (self.path / name).write_bytes(content)
+
+    def _remove_all_but_prepared(self) -> None:
+        """Rows may have been prepared before there was a run."""
+        for path in self.path.iterdir():
+            if path.is_dir() and path != self.prepared:
+                shutil.rmtree(path)
+            elif not path.is_dir():
+                path.unlink()
+        if not self.prepared.exists():
+            self.path.rmdir()
 
     def read_status(self) -> dict[str, Any]:
         """The status record; `{}` where there is none yet."""

@@ -30,6 +30,8 @@ FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 # One entry of torch elastic's ChildFailedError: its root cause comes first.
 KILLED = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
 SIGKILL = 9
+# A rank's last line where it left by itself, in whatever way.
+LEFT = "this rank has left"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,13 @@ PATTERNS = (
         "the model or dataset is not in the cache, and the Hub is out of reach",
         "download it first where there is a network, or give a local path",
         "huggingface_hub",
+    ),
+    Pattern(
+        r"JSON parse error|DatasetGenerationError|CSV parse error|Parquet magic bytes"
+        r"|KeyError: '(text|messages|prompt|completion|role|content)'",
+        "a row is broken, or lacks what the dataset's form asks for",
+        "correct or remove it; the traceback in the log says what was being read",
+        "datasets 5.2 builder.py; TRL 1.16 SFTTrainer._prepare_dataset",
     ),
     Pattern(
         r"DataLoader worker .* killed|Bus error|unable to (open|allocate) shared memory",
@@ -204,8 +213,9 @@ def _from_logs(run: RunDirectory, attempt: int, detail: str) -> Failure:
 
 def _without_record(run: RunDirectory, attempt: int) -> Failure | None:
     """A cause that its rank could not write down itself."""
-    stuck = _stuck(run, attempt, _rank_logs(run, attempt))
-    return stuck or _killed(run, attempt, _read(run.launcher_log(attempt)))
+    logs = _rank_logs(run, attempt)
+    killed = _killed(run, attempt, _read(run.launcher_log(attempt)))
+    return _stuck(run, attempt, logs) or killed or _silent(run, attempt, logs)
 
 
 def _rank_logs(run: RunDirectory, attempt: int) -> dict[int | None, str]:
@@ -236,6 +246,21 @@ def _stuck_at(log: str) -> str | None:
     *_, stacks = [None, *TIMER.split(log)[1:]]
     frames = FRAME.findall(stacks.rpartition("(most recent call first)")[2]) if stacks else []
     return " line ".join(frames[0]) if frames else None
+
+
+def _silent(run: RunDirectory, attempt: int, logs: Mapping[int | None, str]) -> Failure | None:
+    """A rank that did not leave by itself, where others did: the agent may name only those."""
+    gone = sorted(rank for rank, log in logs.items() if rank is not None and LEFT not in log)
+    if not gone or len(gone) == len(logs):
+        return None
+    return Failure(
+        rank=gone[0],
+        error="it was ended from outside, without a word",
+        cause="killed by a signal, or by the kernel because memory ran out",
+        fix="look at the machine's memory and its kernel log (dmesg)",
+        log=_relative(run, attempt, gone[0]),
+        secondary=(),
+    )
 
 
 def _killed(run: RunDirectory, attempt: int, launcher_log: str) -> Failure | None:

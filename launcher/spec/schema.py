@@ -275,6 +275,14 @@ class SlurmSpec(Section):
     network_interface: Line | None = Field(
         None, description="Interface of NCCL and gloo; only where they choose wrongly."
     )
+    prepare: Literal["step", "job", "none"] = Field(
+        "step",
+        description="Where rows are tokenised once, before the ranks: as a step of the job on its "
+        "first node, as a job of its own without GPUs, or not apart.",
+    )
+    prepare_partition: Line | None = Field(
+        None, description="Partition of that job; the run's own without it."
+    )
     directives: dict[DirectiveName, str | int | bool] = Field(
         default_factory=dict, description="Further sbatch options, such as {mem: 0}."
     )

@@ -13,11 +13,14 @@ import sys
 import sysconfig
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.errors import ExitCode
 from launcher.plan.types import Plan, plan_from_json
 from launcher.runs.directory import RunDirectory, write_atomic
+from launcher.runs.failures import LEFT
+from launcher.runs.prepared import OFFLINE, usable
 from launcher.train.control import StoppedBeforeTraining, StopRequest
 from launcher.train.health import UnhealthyStepError
 from launcher.train.packages import leave_out_unused
@@ -79,6 +82,8 @@ def run_to_end(run: RunDirectory, *, forked: bool = False) -> None:
         traceback.print_exc()
         raise
     finally:
+        # In its log: a rank without it was ended from outside.
+        sys.stderr.write(f"{LEFT}\n")
         sys.stdout.flush()
         sys.stderr.flush()
 
@@ -137,10 +142,17 @@ def set_environment(plan: Plan, run: RunDirectory) -> None:
     """
     for name, value in plan.worker.environment.items():
         os.environ.setdefault(name, value.replace("{run_directory}", str(run.path)))
+    set_offline([plan], [run])
     # DeepSpeed runs `ninja`, which pip put beside this Python: not on PATH where the virtual
     # environment was not activated. One that is on PATH wins.
     folders = (os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts"))
     os.environ["PATH"] = os.pathsep.join(folders)
+
+
+def set_offline(plans: Sequence[Plan], runs: Sequence[RunDirectory]) -> None:
+    """Look nothing up on the Hub where everything was fetched before; ahead of all imports."""
+    if all(usable(plan, run) for plan, run in zip(plans, runs, strict=True)):
+        os.environ.update(OFFLINE)
 
 
 def record_error(run: RunDirectory, attempt: int, error: BaseException) -> None:

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from launcher.runs.directory import RunDirectory
-from launcher.train.__main__ import read_plan, run_to_end
+from launcher.train.__main__ import read_plan, run_to_end, set_offline
 from launcher.train.packages import leave_out_unused
 from launcher.train.process import finish
 
@@ -78,7 +78,9 @@ def main(arguments: list[str]) -> int:
     for number in PASSED_ON:
         signal.signal(number, pass_on)
     ranks, *folders = arguments
-    plans = [read_plan(RunDirectory(Path(folder))) for folder in folders]
+    runs = [RunDirectory(Path(folder)) for folder in folders]
+    plans = [read_plan(run) for run in runs]
+    set_offline(plans, runs)
     leave_out_unused(plans)
     import launcher.train.session  # noqa: F401 - what the ranks inherit
 

@@ -49,6 +49,14 @@ def _load(settings: Mapping[str, Any], path: str, split: str) -> Any:
     return rows
 
 
+def row_numbers(rows: Any, prepared: Any) -> list[int] | None:
+    """Each prepared row's number among the dataset's rows; None where TRL changed them."""
+    if len(rows) != len(prepared):
+        return None
+    indices = rows._indices  # noqa: SLF001 - a split keeps the original row numbers only here
+    return list(range(len(rows))) if indices is None else indices.column(0).to_pylist()
+
+
 def _from_alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
     """instruction, input, output as a conversation of two turns."""
     question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)

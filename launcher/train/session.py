@@ -11,6 +11,7 @@ from trl import SFTConfig
 from launcher.plan.types import Plan
 from launcher.runs.checkpoints import Checkpoint
 from launcher.runs.directory import RunDirectory, append_line
+from launcher.runs.prepared import usable
 from launcher.train.callbacks import (
     AgreementCallback,
     EarlyStopSaveCallback,
@@ -26,7 +27,7 @@ from launcher.train.control import (
     StoppedBeforeTraining,
     StopRequest,
 )
-from launcher.train.data import load_rows, split_answer
+from launcher.train.data import load_rows, row_numbers, split_answer
 from launcher.train.generate import answers
 from launcher.train.health import Health
 from launcher.train.model import (
@@ -37,6 +38,7 @@ from launcher.train.model import (
     quantization_config,
     set_adapter_dtype,
 )
+from launcher.train.prepare import Rows, read_rows
 from launcher.train.process import rank_of
 from launcher.train.save import save_final
 from launcher.train.shared import check_shared
@@ -73,30 +75,39 @@ def prepare(plan: Plan, run: RunDirectory, stop: StopRequest) -> tuple[Any, Exam
     configure_state(plan)
     arguments = sft_config(plan, run)
     tokenizer = load_tokenizer(plan)
-    assert plan.worker.dataset is not None  # noqa: S101 - refused before the launch
     with arguments.main_process_first(desc="dataset"):
-        rows, held_out = load_rows(plan.worker.dataset, arguments.seed)
+        rows = _rows(plan, run, arguments.seed)
     ranks = Ranks(stop)
     check_shared(run, ranks)
     store = CheckpointStore(plan, run, ranks, Health(plan.worker.health["policy"]))
     _stage(run, "looking for a checkpoint")
     checkpoint = store.find(lambda text: _say(run, text))
     _stage(run, "loading the model")
-    trainer = make_trainer(plan, arguments, tokenizer, rows, held_out)
+    trainer = make_trainer(plan, arguments, tokenizer, rows.train, rows.evaluation)
     trainer.prepare_run(
         plan,
         ranks,
         store,
-        row_numbers(rows, trainer.train_dataset),
+        rows.numbers if rows.prepared else row_numbers(rows.train, trainer.train_dataset),
         Heartbeat(time_limits(plan)[0]),
         lambda engine: _stage(run, "loading the checkpoint", engine=engine),
     )
-    examiner = Examiner(plan, run, trainer, tokenizer, held_out)
+    examiner = Examiner(plan, run, trainer, tokenizer, rows.held_out)
     for callback in callbacks(plan, run, trainer, examiner):
         trainer.add_callback(callback)
-    _stage(run, "preparing", seconds_to_ready=round(time.monotonic() - started, 3))
+    ready = round(time.monotonic() - started, 3)
+    _stage(run, "preparing", seconds_to_ready=ready, prepared=rows.prepared)
     _resume(run, trainer, checkpoint)
     return trainer, examiner
+
+
+def _rows(plan: Plan, run: RunDirectory, seed: int) -> Rows:
+    """The prepared rows, else the dataset's own, which the trainer prepares then."""
+    if usable(plan, run):
+        return read_rows(run)
+    assert plan.worker.dataset is not None  # noqa: S101 - refused before the launch
+    train, held_out = load_rows(plan.worker.dataset, seed)
+    return Rows(train, held_out, held_out)
 
 
 def _evaluate(plan: Plan, run: RunDirectory, trainer: Any) -> None:
@@ -140,14 +151,6 @@ def time_limits(plan: Plan) -> tuple[float, float]:
     return stuck, save + MARGIN_SECONDS
 
 
-def row_numbers(rows: Any, prepared: Any) -> list[int] | None:
-    """Each prepared row's number among the dataset's rows; None where TRL changed them."""
-    if len(rows) != len(prepared):
-        return None
-    indices = rows._indices  # noqa: SLF001 - a split keeps the original row numbers only here
-    return list(range(len(rows))) if indices is None else indices.column(0).to_pylist()
-
-
 def _resume(run: RunDirectory, trainer: Any, checkpoint: Checkpoint | None) -> None:
     """Tell the trainer and the records where the run goes on."""
     trainer.resumed = checkpoint
@@ -180,6 +183,9 @@ def _say(run: RunDirectory, text: str) -> None:
 def sft_config(plan: Plan, run: RunDirectory) -> Any:
     """`SFTConfig` of the plan; built before the model, for it sets the device and ZeRO-3."""
     kwargs = dict(plan.worker.training_arguments)
+    if usable(plan, run):
+        # The masks are in the labels already; TRL would look for the turns they came from.
+        kwargs |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "assistant_only_loss": False}
     return SFTConfig(
         output_dir=str(run.checkpoints), model_init_kwargs=model_init_kwargs(plan), **kwargs
     )

@@ -64,7 +64,8 @@ def test_a_killed_rank_ends_the_run(tmp_path) -> None:
     os.kill(max(members(str(tmp_path / "run"))), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "failed first: it was ended by signal 9" in err
+    # By the number where the agent has seen it before the peer's error.
+    assert "failed first: it was ended" in err
     assert "memory ran out" in err
     assert status(tmp_path)["state"] == "failed"
     assert members(str(tmp_path / "run")) == []

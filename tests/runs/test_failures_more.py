@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launcher.runs.directory import RunDirectory
-from launcher.runs.failures import Failure, find_failure
+from launcher.runs.failures import LEFT, Failure, find_failure
 from tests.support import ROOT
 
 DETAIL = "the ranks exited 1"
@@ -309,3 +309,20 @@ def test_a_failure_as_the_status_holds_it(run: RunDirectory) -> None:
     assert set(values) == {"rank", "message", "cause", "fix", "log"}
     assert json.loads(json.dumps(values)) == values
     assert values["log"] == "logs/attempt-1/rank-1.log"
+
+
+# --- ended from outside -------------------------------------------------------------------
+
+
+def test_where_only_peers_could_write_the_silent_rank_is_the_cause(run: RunDirectory) -> None:
+    record(run, 0, "Read error [127.0.0.1]:5784: Connection reset by peer")
+    found = find(run, rank_0=f"step 3\n{LEFT}\n", rank_1="step 3\n")
+    assert (found.rank, found.secondary) == (1, (0,))
+    assert found.error == "it was ended from outside, without a word"
+    assert "memory ran out" in found.cause
+
+
+def test_where_all_left_nobody_is_silent(run: RunDirectory) -> None:
+    record(run, 0, "Read error [127.0.0.1]:5784: Connection reset by peer")
+    found = find(run, rank_0=f"{LEFT}\n", rank_1=f"{LEFT}\n")
+    assert found.rank == 0

@@ -15,6 +15,7 @@ import socket
 import stat
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ READY_SECONDS = 20.0
 STOP_SECONDS = 5.0
 POLL_SECONDS = 0.1
 GPUS, CPUS, MEMORY_MB = 8, 8, 16_000
+SWITCH = "switch"
 GPU_MAJOR = 195  # NVIDIA's; nothing opens these
 PARTITIONS = """\
 PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 State=UP PriorityTier=10 \
@@ -34,7 +36,7 @@ PartitionName=short Nodes=n1 MaxTime=00:10:00 State=UP PriorityTier=10
 # Reacts within a second, keeps jobs apart, needs neither systemd, cgroups nor a database.
 CONFIGURATION = """\
 ClusterName=sftlaunch-tests
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={controller_port}
@@ -174,16 +176,26 @@ class Cluster:
             "--num-threads=2",
         )
 
+    def address(self, name: str) -> tuple[str, str]:
+        """Host name and address of a node."""
+        return _host(), "127.0.0.1"
+
+    @property
+    def controller_address(self) -> str:
+        """Where the nodes find the controller."""
+        return "127.0.0.1"
+
     def _write_configuration(self) -> None:
-        host = socket.gethostname().split(".")[0]
         controller, *ports = free_ports(self.nodes + 1)
+        places = [self.address(name) for name in self.names]
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} "
+            f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs={CPUS} "
             f"RealMemory={MEMORY_MB} Gres=gpu:{GPUS} State=UNKNOWN"
-            for name, port in zip(self.names, ports, strict=True)
+            for name, (host, address), port in zip(self.names, places, ports, strict=True)
         )
         text = CONFIGURATION.format(
-            host=host,
+            host=_host(),
+            address=self.controller_address,
             folder=self.folder,
             controller_port=controller,
             nodes=nodes,
@@ -199,12 +211,12 @@ class Cluster:
         (self.folder / "gres.conf").write_text(gres, encoding="utf-8")
         (self.folder / "plugstack.conf").touch(mode=0o644)
 
-    def _daemon(self, name: str, program: str, *arguments: str) -> None:
+    def _daemon(self, name: str, program: str, *arguments: str, inside: Sequence[str] = ()) -> None:
         path = _program(program)
         assert path is not None
         file = self.folder / "pid" / name
         file.unlink(missing_ok=True)  # of one that crashed
-        subprocess.run([path, *arguments], check=True, timeout=READY_SECONDS)
+        subprocess.run([*inside, path, *arguments], check=True, timeout=READY_SECONDS)
         deadline = time.monotonic() + READY_SECONDS
         while not (file.is_file() and file.read_text().strip()):
             assert time.monotonic() < deadline, f"{program} wrote no pid file"
@@ -219,6 +231,122 @@ class Cluster:
                 return
             assert time.monotonic() < deadline, (self.folder / "log" / "slurmctld").read_text()
             time.sleep(POLL_SECONDS)
+
+
+@dataclass
+class SeparateHosts(Cluster):
+    """Nodes in network, name and mount namespaces of their own: each has its own address.
+
+    What one shared host hides fails here: a name that only one node knows, an interface that
+    the others do not reach, a folder that a node does not see.
+    """
+
+    holders: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def network(self) -> str:
+        """First three parts of the addresses; others of this machine have other ones."""
+        return f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
+
+    @property
+    def link(self) -> str:
+        """This machine's own link to the nodes; a name has 15 characters at most."""
+        return f"sft{os.getpid()}"
+
+    @property
+    def controller_address(self) -> str:
+        return f"{self.network}.1"
+
+    def address(self, name: str) -> tuple[str, str]:
+        return name, f"{self.network}.{10 + int(name[1:])}"
+
+    def start(self) -> None:
+        """Make the network, then the cluster in it."""
+        # A bridge in a namespace of its own: the firewall of this machine does not see it.
+        self._hold(SWITCH, "exec sleep infinity", "--net")
+        self.within(SWITCH, "ip", "link", "add", "bridge", "type", "bridge")
+        self.within(SWITCH, "ip", "link", "set", "bridge", "up")
+        peer = ("peer", "name", "uplink", "netns", self._pid(SWITCH))
+        run("ip", "link", "add", self.link, "type", "veth", *peer)
+        run("ip", "address", "add", f"{self.controller_address}/24", "dev", self.link)
+        run("ip", "link", "set", self.link, "up")
+        self.within(SWITCH, "ip", "link", "set", "uplink", "master", "bridge", "up")
+        hosts = [self.address(name) for name in self.names]
+        lines = [f"{address} {name}" for name, address in hosts]
+        lines += ["127.0.0.1 localhost", f"{self.controller_address} {_host()}"]
+        (self.folder / "hosts").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        for name in self.names:
+            self._make_host(name)
+        super().start()
+
+    def _make_host(self, name: str) -> None:
+        become = f'hostname {name}; mount --bind "$0" /etc/hosts; exec sleep infinity'
+        self._hold(name, become, "--net", "--uts", "--mount")
+        ends = ("netns", self._pid(SWITCH), "type", "veth", "peer", "name", "eth0")
+        run("ip", "link", "add", name, *ends, "netns", self._pid(name))
+        self.within(SWITCH, "ip", "link", "set", name, "master", "bridge", "up")
+        self.within(name, "ip", "address", "add", f"{self.address(name)[1]}/24", "dev", "eth0")
+        for link in ("lo", "eth0"):
+            self.within(name, "ip", "link", "set", link, "up")
+
+    def _hold(self, name: str, script: str, *namespaces: str) -> None:
+        """A process that does nothing but keep namespaces."""
+        argv = ["unshare", *namespaces, "sh", "-c", script, str(self.folder / "hosts")]
+        # Its output is nobody's: a reader of ours would wait for it for ever.
+        nowhere = subprocess.DEVNULL
+        holder = subprocess.Popen(argv, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+        self.holders[name] = holder
+        deadline = time.monotonic() + READY_SECONDS
+        while "sleep" not in Path(f"/proc/{holder.pid}/comm").read_text():
+            assert time.monotonic() < deadline, f"no namespaces for {name}"
+            time.sleep(POLL_SECONDS)
+
+    def _pid(self, name: str) -> str:
+        return str(self.holders[name].pid)
+
+    def within(self, name: str, *argv: str) -> None:
+        """Run a command as a node."""
+        run(*self._inside(name), *argv)
+
+    def _inside(self, name: str) -> tuple[str, ...]:
+        mounts = () if name == SWITCH else ("--uts", "--mount")
+        return ("nsenter", "--target", self._pid(name), "--net", *mounts)
+
+    def start_node(self, name: str) -> None:
+        self._daemon(name, "slurmd", "-N", name, inside=self._inside(name))
+
+    def stop(self) -> None:
+        """End the cluster, then its hosts, then their network."""
+        super().stop()
+        for holder in self.holders.values():
+            holder.kill()
+            holder.wait()
+        self.holders.clear()
+        # It went with its other end's namespace, unless that is still being taken down.
+        subprocess.run(["ip", "link", "delete", self.link], check=False, capture_output=True)
+
+
+def without_namespaces() -> str | None:
+    """Why nodes cannot have hosts of their own here; None where they can."""
+    for program in ("ip", "unshare", "nsenter"):
+        if _program(program) is None:
+            return f"there is no {program}"
+    link = f"sftx{os.getpid()}"
+    argv = ("ip", "link", "add", link, "type", "bridge")
+    made = subprocess.run(argv, check=False, capture_output=True)
+    if made.returncode:
+        return f"no bridge can be made: {made.stderr.decode().strip()}"
+    run("ip", "link", "delete", link)
+    return None
+
+
+def run(*argv: str) -> None:
+    """A command that must succeed."""
+    subprocess.run(argv, check=True, capture_output=True, timeout=READY_SECONDS)
+
+
+def _host() -> str:
+    return socket.gethostname().split(".")[0]
 
 
 def command(*argv: str) -> str:

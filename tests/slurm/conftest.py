@@ -19,12 +19,14 @@ import pytest
 
 from launcher.runs.checkpoints import newest_whole
 from launcher.runs.directory import RunDirectory
-from tests.slurm.cluster import Cluster, command, missing
+from tests.slurm.cluster import Cluster, SeparateHosts, command, missing, without_namespaces
 from tests.support import ROOT
 
 WAIT_SECONDS = 90.0
 POLL_SECONDS = 0.1
 SHORT = ("evaluation.exact_match=false", "samples.prompts=[]", "limits.stuck_after=60s")
+# Seconds of imports that most tests have no use for; those of tests/slurm/test_prepare.py do.
+UNPREPARED = "--set=slurm.prepare=none"
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +48,20 @@ def cluster() -> Iterator[Cluster]:
         os.environ.pop("SLURM_CONF", None)
         if before is not None:
             os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture(scope="module")
+def four_nodes(cluster: Cluster) -> Iterator[Cluster]:
+    """Another cluster, of four nodes with addresses of their own where this machine can."""
+    folder = Path(tempfile.mkdtemp(prefix="sftlaunch-slurm-"))
+    made = Cluster(folder, 4) if without_namespaces() else SeparateHosts(folder, 4)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(folder)
+        os.environ.update(cluster.environment)
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,25 @@ class Queued:
     def kill_rank(self, rank: int) -> None:
         os.kill(self.ranks()[rank], signal.SIGKILL)
 
+    def freeze(self) -> None:
+        """Let no rank write anything more, until it is killed or goes on."""
+        for pid in self.ranks().values():
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let frozen ranks go on; one that was killed is gone."""
+        for pid in self.ranks().values():
+            os.kill(pid, signal.SIGCONT)
+
+    def tear_newest(self) -> int:
+        """Cut the newest whole checkpoint's largest file short; its step."""
+        newest, _ = newest_whole(self.run.checkpoints)
+        assert newest is not None
+        files = [path for path in newest.path.rglob("*") if path.is_file()]
+        largest = max(files, key=lambda path: path.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+        return newest.step
+
     def told(self) -> str:
         """All that a person would look at."""
         logs = sorted(self.run.path.glob("logs/**/*"))
@@ -141,6 +176,7 @@ def launch(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., Queued]]:
                 if any("--strategy" in flag for flag in flags) or nodes == 1
                 else ["--strategy=fsdp"]
             ),
+            *([] if any("slurm.prepare" in flag for flag in flags) else [UNPREPARED]),
             *flags,
         )
         assert done.returncode == 0, done.stderr

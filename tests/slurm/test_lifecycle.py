@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Callable
 
@@ -84,6 +85,24 @@ def test_the_time_limit_twice(launch: Launch, uninterrupted: dict[int, float]) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_real_time_limit_twice(launch: Launch) -> None:
+    """Slurm's own clock, which counts minutes: warned ahead of each limit, saved, queued again."""
+    queued = launch(
+        "--set=slurm.time_limit=1m", "--set=checkpoints.every_steps=5000", steps=100_000
+    )
+    queued.until("two limits", lambda: len(queued.ends) == 3, seconds=300)
+    queued.until_step(queued.saved + 1)
+    assert sft("cancel", str(queued.job)).returncode == 0
+    assert queued.ends == ["timeout", "timeout", "cancelled"]
+    attempts = queued.status["attempts"]
+    for before, after in itertools.pairwise(attempts):
+        assert before["from_step"] < before["to_step"] == after["from_step"]
+    # No step was taken twice or left out: each limit was met with a checkpoint.
+    assert sorted(queued.losses) == list(range(1, max(queued.losses) + 1))
+
+
+@pytest.mark.slow
 def test_the_number_of_requeues_is_bounded(launch: Launch) -> None:
     queued = launch("--set=slurm.max_requeues=1", steps=400)
     for step in (2, 4):
@@ -98,13 +117,21 @@ def test_the_number_of_requeues_is_bounded(launch: Launch) -> None:
     assert queued.saved >= 4
 
 
-def test_a_killed_rank_is_named_and_the_job_tries_again(launch: Launch) -> None:
+def test_a_killed_rank_and_a_torn_newest_checkpoint(launch: Launch) -> None:
+    """The job tries again by itself, from the checkpoint before, and says which it skipped."""
     queued = launch("--set=checkpoints.every_steps=2", steps=12)
-    queued.until_step(5)
+    queued.until("two checkpoints", lambda: queued.saved >= 4)
+    queued.freeze()
+    torn = queued.tear_newest()
     queued.kill_rank(1)
+    queued.thaw()
     queued.until_over("completed")
     assert queued.ends == ["crash", "completed"]
-    assert queued.status["attempts"][1]["from_step"] >= 4
+    first, second = queued.status["attempts"]
+    assert first["to_step"] == second["from_step"] == torn - 2
+    assert queued.status["resumed_from"] == f"checkpoint-{torn - 2}"
+    assert any(f"checkpoint-{torn}" in note for note in queued.status["notes"])
+    assert sorted(queued.losses) == list(range(1, 13))
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ def test_it_goes_on_as_the_rules_allow(end: End, rules: Rules, action: Action) -
         (End.CANCELLED, Action.STOP),
         (End.STOPPED, Action.STOP),
         (End.UNHEALTHY, Action.STOP),
+        (End.UNPREPARED, Action.STOP),
     ],
 )
 def test_some_ends_are_final(end: End, action: Action, rules: Rules) -> None:
@@ -109,6 +110,10 @@ def test_the_first_attempt_always_begins() -> None:
         ("running", [], {}, End.CRASH),
         ("running", [], {"unhealthy": True}, End.UNHEALTHY),
         (None, [], {}, End.CRASH),
+        ("running", [], {"unprepared": True}, End.UNPREPARED),
+        # A preemption or a limit while it prepares is told by the signal.
+        ("running", ["TERM COMPLETING 1"], {"unprepared": True}, End.PREEMPTED),
+        ("running", ["USR1 RUNNING 0"], {"unprepared": True}, End.TIMEOUT),
     ],
 )
 def test_ends_are_told_apart(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -20,6 +21,9 @@ Launch = Callable[..., Queued]
 TINY = str(ROOT / "recipes" / "tiny" / "sft.yaml")
 HOSTILE = """it's "x" $(touch pwned) `touch pwned` ; touch pwned & !x @RUN@ #"""
 BACKSLASH = "\\"
+TOKEN = "hf_" + "notToBeWritten" * 2
+TOKEN_DIGEST = hashlib.sha256(TOKEN.encode()).hexdigest()
+HAS_TOKEN = 'printf %s "$HF_TOKEN" | sha256sum >"$run/token"'
 # Stand-ins for what no test machine has: they check their arguments, then run the command.
 APPTAINER = """\
 #!/usr/bin/env bash
@@ -53,8 +57,13 @@ exec @SRUN@ "${kept[@]}"
 """
 
 
-def test_hostile_names_are_only_names(launch: Launch, tmp_path: Path) -> None:
+def test_hostile_names_are_only_names(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a token in the environment reaches the job by its name, and no file."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     queued = launch(
+        f"--set=slurm.before=[{_yaml(HAS_TOKEN)}]",
         f"--set=slurm.account={_yaml(HOSTILE)}",
         f"--set=slurm.mail.user={_yaml(HOSTILE)}",
         f"--set=slurm.directives.comment={_yaml(f'{HOSTILE} {BACKSLASH} %j')}",
@@ -68,6 +77,9 @@ def test_hostile_names_are_only_names(launch: Launch, tmp_path: Path) -> None:
     queued.until_over("completed")
     assert not list(tmp_path.rglob("pwned"))
     assert [path.name for path in tmp_path.iterdir()] == [HOSTILE]
+    assert (queued.run.path / "token").read_text("utf-8").split()[0] == TOKEN_DIGEST
+    for path in queued.run.path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
     assert (queued.run.path / "logs" / f"slurm-{queued.job}.log").is_file()
 
 
@@ -87,12 +99,18 @@ def test_containers(
     monkeypatch.setenv("SEEN", str(seen))
     monkeypatch.setenv("STAND_IN_TOKEN", "not-to-be-written")
     container = f"{{runtime: {runtime}, image: an image, environment: [STAND_IN_TOKEN]}}"
-    queued = launch(f"--set=slurm.container={container}", steps=2)
+    # In one of them rows are made ready in a step of the same container.
+    prepare = {"apptainer": "step", "pyxis": "none"}[runtime]
+    flags = (f"--set=slurm.container={container}", f"--set=slurm.prepare={prepare}")
+    queued = launch(*flags, steps=2)
     queued.until_over("completed")
+    assert queued.status["prepared"] is (prepare == "step")
     lines = seen.read_text("utf-8").splitlines()
     mounts = [line for line in lines if line.startswith(("--bind=", "--container-mounts="))]
     assert any(f"{queued.run.path}:{queued.run.path}" in line for line in mounts)
-    assert any(line.endswith("an image") for line in lines)
+    images = [line for line in lines if line.endswith("an image")]
+    # Each node's ranks, and the preparation once.
+    assert len(images) == {"apptainer": 3, "pyxis": 1}[runtime]
     if runtime == "apptainer":
         assert "token not-to-be-written" in lines
     else:
@@ -132,6 +150,44 @@ def test_refused_before_it_queues(
     assert "Traceback" not in done.stderr
     assert not output.exists()
     assert command("squeue", "--noheader", "--name=run") == ""
+
+
+def test_an_account_that_does_not_exist(cluster: Cluster, tmp_path: Path) -> None:
+    """By a stand-in for accounting, which this cluster does without."""
+    (tmp_path / "bin").mkdir()
+    sacctmgr = tmp_path / "bin" / "sacctmgr"
+    sacctmgr.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        "*--noheader*associations*format=account*) printf 'physics\\nchemistry\\nphysics\\n' ;;\n"
+        "*) exit 2 ;;\nesac\n"
+    )
+    sacctmgr.chmod(0o755)
+    output = tmp_path / "run"
+    asked = (TINY, "--gpus=1", "--device=cpu", "--on=slurm", "--detach", f"--output={output}")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = sft(*asked, "--set=slurm.account=alchemy", PATH=path)
+    assert (done.returncode, output.exists()) == (2, False), done.stderr
+    assert "account 'alchemy' does not exist" in done.stderr
+    assert "chemistry, physics" in done.stderr
+    assert sft(*asked, "--set=slurm.account=physics", PATH=path).returncode == 0
+    assert sft("cancel", str(output), "--now").returncode == 0
+
+
+def test_a_typed_secret_is_in_no_file(cluster: Cluster, tmp_path: Path) -> None:
+    """The script's first comment repeats the command line."""
+    output = tmp_path / "run"
+    asked = (TINY, "--gpus=1", "--device=cpu", "--on=slurm", "--detach", f"--output={output}")
+    refused = sft(*asked, f"--set=slurm.before=['export HF_TOKEN={TOKEN}']")
+    assert (refused.returncode, output.exists()) == (2, False), refused.stderr
+    assert "looks like a secret" in refused.stderr
+    assert TOKEN not in refused.stderr
+    # Overridden by a later one, so that only the command line holds it.
+    done = sft(*asked, f"--set=samples.prompts=['{TOKEN}']", "--set=samples.prompts=[]")
+    assert done.returncode == 0, done.stderr
+    assert sft("cancel", str(output), "--now").returncode == 0
+    for path in output.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+    assert "***" in (output / "job.sbatch").read_text("utf-8").splitlines()[1]
 
 
 def test_a_controller_that_is_down_is_said_soon(cluster: Cluster, tmp_path: Path) -> None:
