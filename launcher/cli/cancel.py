@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import click
 
+from launcher.cli.on_docker import cancel_container, has_container
 from launcher.cli.on_slurm import has_job, settle, which_run
 from launcher.cli.sweep_state import cancel_sweep, which_sweep
 from launcher.errors import ExitCode, SpecError
@@ -37,6 +38,9 @@ def cancel(run_name: str | None, now: bool) -> int:
         return cancel_sweep(sweep, now=now)
     run = which_run(run_name)
     if has_job(run.read_status()) and _cancel_job(run, now):
+        return _say(run)
+    if has_container(run):
+        cancel_container(run, now=now)
         return _say(run)
     if not members(str(run.path.resolve())):
         refuse_elsewhere(run)

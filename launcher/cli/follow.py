@@ -6,6 +6,8 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -22,6 +24,7 @@ from launcher.runs.failures import Failure
 SHOWN_CHARACTERS = 60
 PLAIN_INTERVAL_SECONDS = 5.0
 LIVE_INTERVAL_SECONDS = 0.25
+Ended = tuple[ExitCode, Failure | None]
 
 
 class Progress:
@@ -66,14 +69,32 @@ class Progress:
             click.echo("", err=True)
 
 
-def follow(plan: Plan, run: RunDirectory, output: str, cpu_count: int, as_json: bool) -> ExitCode:
-    """Launch, show, and say how it ended."""
+def follow_here(
+    plan: Plan, run: RunDirectory, output: str, cpu_count: int, as_json: bool
+) -> ExitCode:
+    """Launch on this machine, show, and say how it ended."""
+    restarts = plan.worker.limits["max_restarts"]
+    environment = launch_environment(plan.topology, cpu_count, restarts)
+    start = partial(launch, plan, run, environment)
+    return follow(plan, run, output, as_json, start)
+
+
+def follow(
+    plan: Plan, run: RunDirectory, output: str, as_json: bool, start: Callable[..., Ended]
+) -> ExitCode:
+    """Launch, show, and say how it ended.
+
+    Args:
+        plan: the run's.
+        run: whose files are written.
+        output: the run directory as people name it.
+        as_json: whether the record is printed.
+        start: runs to the end; called with what it calls now and then.
+    """
     progress = Progress(run)
     click.echo("", err=True)
     try:
-        restarts = plan.worker.limits["max_restarts"]
-        environment = launch_environment(plan.topology, cpu_count, restarts)
-        code, failure = launch(plan, run, environment, progress.poll)
+        code, failure = start(progress.poll)
     except KeyboardInterrupt:
         progress.close()
         run.update_status(state="failed", error={"message": "interrupted"})

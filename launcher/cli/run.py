@@ -28,13 +28,16 @@ from launcher.cli.going_on import (
     with_measured_save,
     with_source_of,
 )
+from launcher.cli.on_docker import container_caller, pinned, run_and_follow
 from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued, which_run
 from launcher.cli.options import Request, load_request, make_request, plan_options
-from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
+from launcher.errors import ExitCode, SpecError
 from launcher.facts.probe import Facts, probe
 from launcher.insight.find import find_sweep
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
+from launcher.render import docker
+from launcher.render.docker import Caller, docker_argv
 from launcher.render.files import run_files, with_files
 from launcher.render.slurm import SCRIPT, Origin
 from launcher.render.text import plan_lines
@@ -57,6 +60,14 @@ class Decided:
     """The built-in recipe, where no spec was given."""
     slurm: Origin | None = None
     """Who makes the job script, where it goes to Slurm."""
+    docker: Caller | None = None
+    """Who starts the container, where it goes to Docker."""
+
+    @property
+    def container(self) -> tuple[str, ...]:
+        """Argv that starts the container."""
+        assert self.docker is not None  # noqa: S101 - the target is Docker
+        return docker_argv(self.plan, self.planned.spec, os.path.abspath(self.output), self.docker)  # noqa: PTH100
 
 
 @click.command(context_settings={"max_content_width": 100})
@@ -151,7 +162,7 @@ def start(request: Request, dry_run: bool) -> int:
     if goes_on and run_directory.read_status().get("state") == "completed":
         say_complete(run_directory, decided.output, as_json=request.json)
         return ExitCode.DONE
-    _check_ready(decided, run_directory)
+    decided = _check_ready(decided, run_directory)
     before = run_directory.snapshot() if decided.slurm is not None else None
     claim_output(decided, run_directory, goes_on=goes_on)
     if own is not None:
@@ -162,8 +173,11 @@ def start(request: Request, dry_run: bool) -> int:
     return _launch(decided, request, run_directory, before)
 
 
-def _check_ready(decided: Decided, run: RunDirectory) -> None:
+def _check_ready(decided: Decided, run: RunDirectory) -> Decided:
     """Refuse what cannot start, before anything is written.
+
+    Returns:
+        The same, an image by its digest.
 
     Raises:
         Refusal: no rows, no GPUs, no packages, no cluster, no space.
@@ -178,9 +192,15 @@ def _check_ready(decided: Decided, run: RunDirectory) -> None:
         from launcher.launch.slurm import check
 
         check(decided.plan, decided.planned.spec.slurm)
+    elif decided.docker is not None:
+        decided = _rendered(
+            dataclasses.replace(decided, docker=pinned(decided.docker, decided.plan)),
+            decided.planned,
+        )
     else:
         check_environment(decided.plan, len(decided.facts.gpus))
     check_space(decided.plan, run)
+    return decided
 
 
 def _launch(
@@ -190,9 +210,11 @@ def _launch(
     if decided.slurm is not None:
         slurm = decided.planned.spec.slurm
         return queue_and_follow(run, slurm, decided.output, before, request)
-    from launcher.cli.follow import follow
+    if decided.docker is not None:
+        return run_and_follow(decided.plan, run, decided.output, decided.container, request)
+    from launcher.cli.follow import follow_here
 
-    return follow(decided.plan, run, decided.output, decided.facts.cpu_count, request.json)
+    return follow_here(decided.plan, run, decided.output, decided.facts.cpu_count, request.json)
 
 
 def _go_on(decided: Decided, request: Request, run: RunDirectory) -> Decided:
@@ -230,7 +252,7 @@ def _with_source(
 
 def _rendered(decided: Decided, planned: Planned) -> Decided:
     path = os.path.abspath(decided.output)  # noqa: PTH100 - keeps links
-    plan = with_files(planned, path, decided.facts.cpu_count, decided.slurm)
+    plan = with_files(planned, path, decided.facts.cpu_count, decided.slurm or decided.docker)
     return dataclasses.replace(decided, planned=planned, plan=plan)
 
 
@@ -240,7 +262,6 @@ def decide(request: Request) -> Decided:
     Raises:
         Refusal: as the plan says.
     """
-    _refuse_unready(request)
     loaded, recipe = load_request(request)
     facts = probe(loaded.spec)
     planned = make_plan(loaded.spec, facts)
@@ -249,8 +270,9 @@ def decide(request: Request) -> Decided:
         output = free_name(output)
     path = os.path.abspath(output)  # noqa: PTH100 - keeps links
     slurm = origin() if request.target == "slurm" else None
-    full = with_files(planned, path, facts.cpu_count, slurm)
-    return Decided(planned, full, facts, output, recipe, slurm)
+    docker = container_caller(planned) if request.target == "docker" else None
+    full = with_files(planned, path, facts.cpu_count, slurm or docker)
+    return Decided(planned, full, facts, output, recipe, slurm, docker)
 
 
 def show(
@@ -277,8 +299,9 @@ def show(
     for line in lines:
         styled = click.style(line, fg="yellow") if line.startswith("warning") else line
         click.echo(styled, err=to_stderr)
-    if script and SCRIPT in decided.plan.files:
-        click.echo(f"\n{decided.plan.files[SCRIPT]}", nl=False)
+    for name in (SCRIPT, docker.SCRIPT) if script else ():
+        if name in decided.plan.files:
+            click.echo(f"\n{decided.plan.files[name]}", nl=False)
 
 
 def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool) -> None:
@@ -317,14 +340,4 @@ def _refuse_taken(run_directory: RunDirectory, output: str) -> None:
             "output_taken",
             f"{output} exists and is no empty folder",
             fix=f"use --output {free_name(output)}",
-        )
-
-
-def _refuse_unready(request: Request) -> None:
-    """What the interface promises and this version does not do yet."""
-    if request.target == "docker":
-        raise EnvironmentNotReady(
-            "target",
-            f"--on {request.target} is not in this version",
-            fix="use --on local, or start the command of `sftlaunch plan` in a job of your own",
         )

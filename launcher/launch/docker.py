@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 from launcher import __version__
 from launcher.errors import EnvironmentNotReady, ExitCode
 from launcher.launch.local import StopSignals, outcome
-from launcher.plan.types import Plan
+from launcher.plan.types import Plan, plan_from_json
 from launcher.render.docker import VERSION_LABEL, Caller, container_name, stop_seconds
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import Failure
@@ -70,12 +71,12 @@ class Container:
     exit_code: int
 
 
-def caller() -> Caller:
+def caller(image: str) -> Caller:
     """This process's user, its caches of models and data, and its fast network devices."""
     devices = (str(INFINIBAND),) if INFINIBAND.is_dir() else ()
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     caches = (str(home),) if home.is_dir() else ()
-    return Caller(os.getuid(), os.getgid(), caches, devices)
+    return Caller(image, os.getuid(), os.getgid(), socket.gethostname(), caches, devices)
 
 
 def ask(
@@ -246,6 +247,12 @@ def stop(run: RunDirectory, seconds: int) -> None:
     """SIGTERM to the launcher inside, SIGKILL after so long; a restart policy does not act."""
     name = container_name(str(run.path))
     ask(["docker", "stop", f"--time={seconds}", name], seconds + ANSWER_SECONDS)
+
+
+def patience(run: RunDirectory) -> int:
+    """Seconds that a run's ranks may take to save and stop."""
+    plan = plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    return stop_seconds(plan)
 
 
 def remove(run: RunDirectory) -> None:

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from launcher.render.quote import shell_block
 from launcher.spec.schema import Spec
 
 SCRIPT = "docker.sh"
+REPOSITORY = "sftlaunch"
+CPU_BASE = "debian:bookworm-slim"
 RUN_LABEL = "sftlaunch.run"
 VERSION_LABEL = "org.opencontainers.image.version"
 INTERPRETER = "python"
@@ -38,12 +40,16 @@ UNSAFE_NAME = re.compile(r"[^a-zA-Z0-9_.-]+")
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose run it is, as the machine says."""
+    """Who starts the container, and with what, as the machine says."""
 
+    image: str
+    """By digest where it has one: what a name means may change."""
     user: int
     group: int
+    host: str
+    """The container has its host's name: a run's record says which machine runs it."""
     caches: tuple[str, ...] = ()
-    """Folders of models and data that were fetched before; mounted read-only where offline."""
+    """Folders of models and data that were fetched before; mounted read-only."""
     devices: tuple[str, ...] = ()
     """InfiniBand and the like."""
 
@@ -54,16 +60,18 @@ def container_name(run_directory: str) -> str:
     return f"sftlaunch-{readable}-{hashlib.sha256(run_directory.encode()).hexdigest()[:8]}"
 
 
-def docker_argv(
-    plan: Plan, spec: Spec, run_directory: str, image: str, caller: Caller
-) -> tuple[str, ...]:
+def default_image(device: str) -> str:
+    """The image that `image build` makes."""
+    return f"{REPOSITORY}:{__version__}{'-cpu' if device == 'cpu' else ''}"
+
+
+def docker_argv(plan: Plan, spec: Spec, run_directory: str, caller: Caller) -> tuple[str, ...]:
     """Argv that starts a run's container in the background; it prints the container's id.
 
     Args:
         plan: decided.
         spec: resolved.
         run_directory: absolute path, written before.
-        image: with its digest where it has one.
         caller: whose files and processes they are.
     """
     docker = spec.docker
@@ -73,6 +81,7 @@ def docker_argv(
         "--detach",
         f"--name={container_name(run_directory)}",
         f"--label={RUN_LABEL}={run_directory}",
+        f"--hostname={caller.host}",
         *((f"--restart=on-failure:{docker.restarts}",) if docker.restarts else ()),
         *_limits(plan),
         *_rights(caller),
@@ -84,7 +93,7 @@ def docker_argv(
         f"--workdir={run_directory}",
         f"--entrypoint={INTERPRETER}",
         *LOG_OPTIONS,
-        image,
+        caller.image,
         "-m",
         MODULE,
         run_directory,
@@ -159,6 +168,41 @@ def _mount(source: str, target: str, *, read_only: bool = False) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(fields)
     return line.getvalue()
+
+
+def image_build_argv(
+    name: str,
+    context: str,
+    *,
+    cpu: bool,
+    base: str | None,
+    revision: str,
+    secrets: Mapping[str, str],
+) -> list[str]:
+    """Argv that builds the image.
+
+    Args:
+        name: of the image.
+        context: folder with the sources.
+        cpu: whether it is for CPUs: a plain Debian, and no CUDA libraries in it.
+        base: base image; by `cpu` without it.
+        revision: commit of the sources.
+        secrets: files that the build may see, by id; none of them reaches a layer.
+    """
+    arguments = {"VERSION": __version__, "REVISION": revision}
+    if cpu:
+        arguments |= {"BASE": CPU_BASE, "DEVICE": "cpu"}
+    if base is not None:
+        arguments["BASE"] = base
+    return [
+        "docker",
+        "build",
+        f"--file={context}/docker/Dockerfile",
+        f"--tag={name}",
+        *(f"--build-arg={key}={value}" for key, value in sorted(arguments.items())),
+        *(f"--secret=id={key},src={path}" for key, path in sorted(secrets.items())),
+        context,
+    ]
 
 
 def docker_script(argv: tuple[str, ...]) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from launcher import __version__
-from tests.support import HEAVY, ROOT
+from launcher.assets import SOURCES
+from tests.support import HEAVY, ROOT, tree
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,6 +28,8 @@ pytest.importorskip("hatchling")
 
 # Folders at the root that the launcher reads; each must ship once it holds a file.
 ASSETS = ("accelerate_configs", "deepspeed_configs", "slurm", "docker", "recipes")
+# Files that an image is built from, beside the assets.
+IMAGE_SOURCES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 CACHES = {"__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 TARGETS = PYPROJECT["tool"]["hatch"]["build"]["targets"]
@@ -67,6 +70,7 @@ def test_wheel_holds_exactly_the_package_and_the_assets(wheel: zipfile.ZipFile) 
     expected = {name for name in _files("launcher") if name.endswith(".py")}
     expected |= {"launcher/spec/sft_fields.json"}
     expected |= {f"launcher/_assets/{name}" for folder in ASSETS for name in _files(folder)}
+    expected |= {f"launcher/_assets/{name}" for name in IMAGE_SOURCES}
     expected |= {
         f"{info}/{name}"
         for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
@@ -108,6 +112,30 @@ def test_assets_ship_byte_for_byte(wheel: zipfile.ZipFile) -> None:
     for folder in ASSETS:
         for name in _files(folder):
             assert wheel.read(f"launcher/_assets/{name}") == (ROOT / name).read_bytes(), name
+    for name in IMAGE_SOURCES:
+        assert wheel.read(f"launcher/_assets/{name}") == (ROOT / name).read_bytes(), name
+
+
+def test_an_image_is_built_from_the_same_files_everywhere(
+    wheel: zipfile.ZipFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a checkout and from a wheel the build's context is the same tree."""
+    assert set(SOURCES) == {*ASSETS, *IMAGE_SOURCES}
+    wheel.extractall(tmp_path / "wheel")
+    found = {}
+    for name, package in (("checkout", ROOT), ("wheel", tmp_path / "wheel")):
+        target = tmp_path / f"context-{name}"
+        target.mkdir()
+        script = "import pathlib, sys; from launcher import assets; "
+        script += "assets.copy_sources(pathlib.Path(sys.argv[1]))"
+        subprocess.run(
+            [sys.executable, "-c", script, str(target)],
+            check=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(package)},
+        )
+        found[name] = tree(target)
+    assert found["checkout"] == found["wheel"]
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:
