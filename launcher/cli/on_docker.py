@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import partial
 
 import click
@@ -46,7 +47,12 @@ def pinned(caller: Caller, plan: Plan) -> Caller:
 
 
 def run_and_follow(
-    plan: Plan, run: RunDirectory, output: str, argv: tuple[str, ...], request: Request
+    plan: Plan,
+    run: RunDirectory,
+    output: str,
+    argv: tuple[str, ...],
+    before: Mapping[str, bytes] | None,
+    request: Request,
 ) -> ExitCode:
     """Start the container, and show the run to its end unless asked not to.
 
@@ -55,14 +61,19 @@ def run_and_follow(
         run: whose files are written.
         output: the run directory as people name it.
         argv: starts the container.
+        before: what was there before this command, for the case that nothing is started.
         request: how to print.
     """
     from launcher.cli.follow import follow
     from launcher.launch import docker
 
+    try:
+        docker.start(run, argv)
+    except BaseException:
+        run.restore(before)
+        raise
     if not request.detach:
-        return follow(plan, run, output, request.json, partial(docker.launch, plan, run, argv))
-    docker.start(run, argv)
+        return follow(plan, run, output, request.json, partial(docker.attend, plan, run))
     click.echo(f"started    container {container_name(str(run.path))}", err=True)
     if request.json:
         click.echo(json.dumps(run.read_status()))

@@ -163,7 +163,8 @@ def start(request: Request, dry_run: bool) -> int:
         say_complete(run_directory, decided.output, as_json=request.json)
         return ExitCode.DONE
     decided = _check_ready(decided, run_directory)
-    before = run_directory.snapshot() if decided.slurm is not None else None
+    elsewhere = decided.slurm is not None or decided.docker is not None
+    before = run_directory.snapshot() if elsewhere else None
     claim_output(decided, run_directory, goes_on=goes_on)
     if own is not None:
         set_aside_after(run_directory, own)
@@ -211,7 +212,8 @@ def _launch(
         slurm = decided.planned.spec.slurm
         return queue_and_follow(run, slurm, decided.output, before, request)
     if decided.docker is not None:
-        return run_and_follow(decided.plan, run, decided.output, decided.container, request)
+        argv = decided.container
+        return run_and_follow(decided.plan, run, decided.output, argv, before, request)
     from launcher.cli.follow import follow_here
 
     return follow_here(decided.plan, run, decided.output, decided.facts.cpu_count, request.json)

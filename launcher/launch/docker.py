@@ -178,22 +178,20 @@ def start(run: RunDirectory, argv: Sequence[str]) -> str:
     return identity
 
 
-def launch(
-    plan: Plan, run: RunDirectory, argv: Sequence[str], on_poll: Callable[[], None]
+def attend(
+    plan: Plan, run: RunDirectory, on_poll: Callable[[], None]
 ) -> tuple[ExitCode, Failure | None]:
-    """Run the plan in a container to its end, and remove the container.
+    """Watch a run's container to its end, and remove it.
 
     Args:
         plan: the run's.
-        run: whose files are written.
-        argv: starts the container.
+        run: whose container was started.
         on_poll: called about twice a second.
 
     Returns:
         DONE, RUN_FAILED with the first failing rank's error, or PREEMPTED.
     """
     with StopSignals() as stopping:
-        start(run, argv)
         try:
             code = _watch(run, stopping, stop_seconds(plan), on_poll)
         finally:

@@ -166,8 +166,8 @@ def _mount(source: str, target: str, *, read_only: bool = False) -> str:
     fields = ["type=bind", f"source={source}", f"target={target}"]
     fields += ["readonly"] if read_only else []
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(fields)
-    return line.getvalue()
+    csv.writer(line).writerow(fields)
+    return line.getvalue().removesuffix("\r\n")
 
 
 def image_build_argv(

@@ -1,0 +1,97 @@
+"""`--on docker` where Docker says no: one message, the fix, and nothing left behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import __version__
+from tests.support import sftlaunch, tree
+
+IMAGE = '[{"Id": "sha256:1", "RepoDigests": [], "Config": {"Labels": {"%s": "%s"}}}]'
+VERSION_LABEL = "org.opencontainers.image.version"
+# What a client prints on standard error, verb -> text; exit code 1 where there is one.
+NO_DAEMON = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock."
+NO_RIGHT = "permission denied while trying to connect to the Docker daemon socket"
+NO_GPU = 'could not select device driver "" with capabilities: [[gpu]].'
+NO_MOUNT = "invalid mount config for type bind: bind source path does not exist: /x."
+
+
+@pytest.fixture
+def docker(bare_machine: Path, monkeypatch: pytest.MonkeyPatch):
+    """A client on PATH that prints what it is told to."""
+    folder = bare_machine.parent / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def tell(version: str = __version__, **errors: str) -> Path:
+        program = folder / "docker"
+        inspected = IMAGE % (VERSION_LABEL, version)
+        program.write_text(
+            f"#!{sys.executable}\nimport sys\n"
+            f"errors = {errors!r}\n"
+            "word = next((e for e in errors if e in sys.argv[1:3]), None)\n"
+            "if word:\n    sys.exit(errors[word])\n"
+            f"if 'inspect' in sys.argv and 'image' in sys.argv:\n    print({inspected!r})\n"
+            "elif 'inspect' in sys.argv:\n    sys.exit('No such container')\n"
+        )
+        program.chmod(0o755)
+        return bare_machine
+
+    return tell
+
+
+def test_the_whole_script_is_shown(bare_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(bare_machine))
+    done = sftlaunch("plan", "--on=docker", "--device=cpu")
+    assert done.code == 0, done.err
+    assert f"sftlaunch:{__version__}-cpu" in done.out
+    assert "--read-only" in done.out
+    assert tree(bare_machine) == {}
+
+
+def test_without_docker_nothing_is_written(
+    bare_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(bare_machine))
+    done = sftlaunch("--on=docker", "--device=cpu", "--json")
+    assert (done.code, done.json["error"]["code"]) == (4, "no_docker")
+    assert tree(bare_machine) == {}
+
+
+@pytest.mark.parametrize(
+    ("image", "errors", "code", "said"),
+    [
+        (__version__, {"image": NO_DAEMON}, "docker_down", "systemctl start docker"),
+        (__version__, {"image": NO_RIGHT}, "docker_permission", "group docker"),
+        (__version__, {"image": "No such image: x"}, "no_image", "sftlaunch image build --cpu"),
+        ("0.0.1", {}, "image_version", "0.0.1"),
+    ],
+)
+def test_what_docker_lacks_is_said_before_anything_is_written(
+    image: str, errors: dict[str, str], code: str, said: str, docker
+) -> None:
+    machine = docker(image, **errors)
+    done = sftlaunch("--on=docker", "--device=cpu", "--json")
+    assert (done.code, done.json["error"]["code"]) == (4, code)
+    assert said in done.err
+    assert tree(machine) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [(NO_GPU, "no_nvidia_runtime"), (NO_MOUNT, "mount_missing")]
+)
+def test_what_docker_refuses_leaves_no_half_run(text: str, code: str, docker) -> None:
+    machine = docker(__version__, run=text)
+    done = sftlaunch("--on=docker", "--device=cpu", "--json")
+    assert (done.code, done.json["error"]["code"]) == (4, code)
+    assert tree(machine).keys() <= {"runs/"}
+
+
+def test_several_hosts_are_refused(docker) -> None:
+    docker()
+    done = sftlaunch("plan", "--on=docker", "--device=cpu", "--nodes=2", "--gpus=2")
+    assert done.code == 4
+    assert "--on slurm" in done.err
