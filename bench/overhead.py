@@ -1,9 +1,14 @@
 """What the safety costs: the ranks' agreement, the stuck-rank timer, the checksums.
 
-One run on two CPU ranks; every second step goes without agreement and timer, so that both
-kinds of step see the same machine in the same minutes. The ratio is that of their medians;
-`python -m bench.overhead` gives the median over several runs, and the time of the checksums
-as a share of the training between two checkpoints.
+One run on two CPU ranks, all steps of one size, in blocks: of each two neighbours one, drawn with
+a seed, goes without agreement and timer, so that both see the same machine in the same seconds.
+(Single steps cannot be compared: the wait for the slower rank moves from a step without into the
+next one with.) `python -m bench.overhead` gives, over several runs,
+
+- the median ratio of such pairs, and its quartiles;
+- the time inside agreement and timer as a share of a step: an upper bound, for it holds the wait
+  for the slower rank, which would come a little later anyway;
+- the time of the checksums as a share of the training between two checkpoints.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -21,14 +27,21 @@ from typing import Any
 
 from bench.cells import Cell, prepare
 
-STEPS = 120
+# A step of most of a second, as the smallest real fine-tunes have.
+GLOBAL_BATCH, MICRO_BATCH = 512, 64
+BLOCK_STEPS = 3
+PAIRS = 8
 # Imports, caches and the first steps' allocations are no part of a step.
-WARM_UP_STEPS = 10
+WARM_UP_STEPS = 4
+STEPS = WARM_UP_STEPS + 2 * PAIRS * BLOCK_STEPS
 RESULT = "overhead.json"
+MAX_LENGTH = 16
 SETTINGS: tuple[tuple[str, Any], ...] = (
     ("training.max_steps", STEPS),
     ("dataset.eval_path", None),
-    ("batch.global_batch_size", 32),
+    ("batch.global_batch_size", GLOBAL_BATCH),
+    # Shorter than every row: all batches have one shape.
+    ("training.max_length", MAX_LENGTH),
     ("checkpoints.every_steps", STEPS // 2),
 )
 # The share of a checkpoint is reported for this many steps between two, the default.
@@ -42,18 +55,29 @@ def patch(run: Path) -> None:  # noqa: C901 - one closure over one clock
 
     agree, beat = callbacks.AgreementCallback.on_pre_optimizer_step, callbacks.Heartbeat.beat
     begin, end = callbacks.RecordCallback.on_train_begin, callbacks.RecordCallback.on_step_end
-    times: dict[str, list[float]] = {"with": [], "without": [], "checksums": []}
-    state = {"step": 0, "since": 0.0}
+    times: dict[str, list[Any]] = {"steps": [], "guarded": [], "inside": [], "checksums": []}
+    state = {"step": 0, "since": 0.0, "inside": 0.0}
+    rng = random.Random(run.name)  # the same draws in every rank
+    guarded = [True] * WARM_UP_STEPS
+    for _ in range(PAIRS):
+        first = rng.random() < 1 / 2
+        guarded += [first] * BLOCK_STEPS + [not first] * BLOCK_STEPS
+    guarded.append(True)  # what comes after the last step
+
+    def timed(function: Any, *args: Any, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        function(*args, **kwargs)
+        state["inside"] += time.perf_counter() - started
 
     def on_pre_optimizer_step(self: Any, *args: Any, **kwargs: Any) -> None:
-        if state["step"] % 2 == 0 or self.trainer.agreement is None:
-            agree(self, *args, **kwargs)
+        if guarded[state["step"]]:
+            timed(agree, self, *args, **kwargs)
         else:
             self.trainer._micro_losses = []  # noqa: SLF001
 
-    def beat_every_second(self: Any, *args: Any) -> None:
-        if state["step"] % 2 == 0:
-            beat(self, *args)
+    def beat_now_and_then(self: Any, *args: Any) -> None:
+        if guarded[state["step"]]:
+            timed(beat, self, *args)
 
     def on_train_begin(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
@@ -63,9 +87,10 @@ def patch(run: Path) -> None:  # noqa: C901 - one closure over one clock
         end(self, *args, **kwargs)
         now = time.perf_counter()
         if state["step"] >= WARM_UP_STEPS:
-            kind = "without" if state["step"] % 2 else "with"
-            times[kind].append(now - state["since"])
-        state["since"], state["step"] = now, state["step"] + 1
+            times["steps"].append(now - state["since"])
+            times["guarded"].append(guarded[state["step"]])
+            times["inside"].append(state["inside"])
+        state["since"], state["step"], state["inside"] = now, state["step"] + 1, 0.0
         if state["step"] == STEPS and rank_of() == 0:
             (run / RESULT).write_text(json.dumps(times))
 
@@ -78,21 +103,33 @@ def patch(run: Path) -> None:  # noqa: C901 - one closure over one clock
         return found
 
     callbacks.AgreementCallback.on_pre_optimizer_step = on_pre_optimizer_step
-    callbacks.Heartbeat.beat = beat_every_second
+    callbacks.Heartbeat.beat = beat_now_and_then
     callbacks.RecordCallback.on_train_begin = on_train_begin
     callbacks.RecordCallback.on_step_end = on_step_end
     checkpoint.digests = digests
 
 
-def run_once(folder: Path, strategy: str, number: int) -> dict[str, list[float]]:
+def run_once(folder: Path, strategy: str, number: int) -> dict[str, list[Any]]:
     """Times in seconds of one run's steps, by kind, and of its checksums."""
-    cell = Cell(strategy, "lora", 2, 8, SETTINGS, f"overhead-{number}")
+    cell = Cell(strategy, "lora", 2, MICRO_BATCH, SETTINGS, f"overhead-{number}")
     run, variables = prepare(cell, folder)
     argv = [sys.executable, "-m", "bench.overhead", "--agent", "2", str(run.path)]
     subprocess.run(
         argv, env={**os.environ, **variables}, check=True, capture_output=True, timeout=600
     )
-    found: dict[str, list[float]] = json.loads((run.path / RESULT).read_text())
+    found: dict[str, list[Any]] = json.loads((run.path / RESULT).read_text())
+    return found
+
+
+def pair_ratios(times: dict[str, list[Any]]) -> list[float]:
+    """Time of each block with safety over that of its neighbour without."""
+    found = []
+    for start in range(0, len(times["steps"]), 2 * BLOCK_STEPS):
+        blocks = {
+            times["guarded"][at]: statistics.median(times["steps"][at : at + BLOCK_STEPS])
+            for at in (start, start + BLOCK_STEPS)
+        }
+        found.append(blocks[True] / blocks[False])
     return found
 
 
@@ -109,18 +146,25 @@ def main() -> int:
         return agent.main(options.agent)
     with tempfile.TemporaryDirectory(prefix="sftlaunch-overhead-") as folder:
         for strategy in ("ddp", "fsdp"):
-            ratios, shares, step = [], [], 0.0
+            ratios: list[float] = []
+            inside, shares, step = [], [], 0.0
             for number in range(options.runs):
                 times = run_once(Path(folder), strategy, number)
-                step = statistics.median(times["without"])
-                ratios.append(statistics.median(times["with"]) / step)
+                ratios += pair_ratios(times)
+                step = statistics.median(times["steps"])
+                within = [
+                    t for t, safe in zip(times["inside"], times["guarded"], strict=True) if safe
+                ]
+                inside.append(statistics.median(within))
                 checksum = statistics.median(times["checksums"])
                 shares.append(checksum / (step * STEPS_BETWEEN_CHECKPOINTS))
+            low, middle, high = statistics.quantiles(ratios, n=4)
             sys.stdout.write(
-                f"{strategy}: step {step * 1000:.0f} ms; with agreement and timer "
-                f"{statistics.median(ratios):.4f} of without "
-                f"({', '.join(f'{r:.4f}' for r in ratios)}); "
-                f"checksums {statistics.median(shares):.4%} of {STEPS_BETWEEN_CHECKPOINTS} steps\n"
+                f"{strategy}: step {step * 1000:.0f} ms; with agreement and timer {middle:.4f} of "
+                f"without ({len(ratios)} pairs of {BLOCK_STEPS} steps, quartiles {low:.4f} and "
+                f"{high:.4f}); inside them {statistics.median(inside) * 1000:.1f} ms, "
+                f"{statistics.median(inside) / step:.2%}; checksums "
+                f"{statistics.median(shares):.4%} of {STEPS_BETWEEN_CHECKPOINTS} steps\n"
             )
             sys.stdout.flush()
     return 0

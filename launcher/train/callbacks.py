@@ -122,7 +122,10 @@ class SamplesCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answers on the way."""
-        if not self.every_steps or state.global_step % self.every_steps != 0:
+        due = self.every_steps and state.global_step % self.every_steps == 0
+        # The answers after the last step are those of the end of the run.
+        ends = control.should_training_stop and not self.trainer.stopped
+        if not due or ends or state.global_step >= state.max_steps:
             return
         if not self.trainer.stopped:
             self.write(state.global_step)

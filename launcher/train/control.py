@@ -26,6 +26,9 @@ SAME_SIGNAL_SECONDS = 1.0
 SIBLING_POLL_SECONDS = 1.0
 # Time for a rank whose peer is gone to fail by itself, and to say why.
 ORPHAN_GRACE_SECONDS = 5.0
+# How far apart the stuck-rank timer is set again, at most; it may fire earlier by so much.
+MOST_BEAT_SECONDS = 1.0
+BEAT_SHARE = 0.1
 
 
 class StoppedBeforeTraining(BaseException):
@@ -230,16 +233,22 @@ class Heartbeat:
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds = limit_seconds
         self.armed = False
+        # Setting the timer starts a thread (0.2 ms): not at every micro batch.
+        self._interval = min(MOST_BEAT_SECONDS, limit_seconds * BEAT_SHARE)
+        self._next = 0.0
 
     def start(self) -> None:
         """From now on progress is expected."""
         self.armed = True
+        self._next = 0.0
         self.beat()
 
     def beat(self, at_least_seconds: float = 0.0) -> None:
         """Progress was made; the next is due within the limit, or within so many seconds."""
-        if not self.armed:
+        now = time.monotonic()
+        if not self.armed or (now < self._next and not at_least_seconds):
             return
+        self._next = now + self._interval
         limit = max(self.limit_seconds, at_least_seconds)
         faulthandler.dump_traceback_later(limit, exit=True)
 

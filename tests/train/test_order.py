@@ -219,7 +219,7 @@ def test_each_epoch_is_dealt_in_its_own_order_from_where_it_was_left(
     from launcher.train.callbacks import AgreementCallback
 
     order = make_order(16, 4)
-    callback = AgreementCallback(SimpleNamespace(order=order), None)
+    callback = AgreementCallback(SimpleNamespace(order=order))
     state = SimpleNamespace(global_step=epoch * order.steps + steps_done)
     callback.on_epoch_begin(None, state, None)
     dealt = _epoch(_as_accelerate_deals(order, split), epoch, steps_done * accumulation)
