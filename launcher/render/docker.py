@@ -34,6 +34,7 @@ TOKEN_BYTES = 3 * 8
 PREFETCH_FACTOR = 2
 # Docker's own grace ends with SIGKILL: the launcher inside has to write down how it ended.
 STOP_MARGIN_SECONDS = 30
+GPU_LIMITS = ("--ulimit=memlock=-1", "--ulimit=stack=67108864")
 LOG_OPTIONS = ("--log-opt=max-size=10m", "--log-opt=max-file=3")
 UNSAFE_NAME = re.compile(r"[^a-zA-Z0-9_.-]+")
 
@@ -124,8 +125,8 @@ def _limits(plan: Plan) -> tuple[str, ...]:
         "--init",
         f"--stop-timeout={stop_seconds(plan)}",
         f"--shm-size={shared_memory_bytes(plan)}",
-        "--ulimit=memlock=-1",
-        "--ulimit=stack=67108864",
+        # What NCCL pins; a daemon without the right to raise them refuses the container.
+        *(GPU_LIMITS if plan.topology.device == "cuda" else ()),
     )
 
 
