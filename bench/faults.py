@@ -526,7 +526,8 @@ Made by `python -m bench.faults --write`: real runs of the recipe tiny's model o
 {STEPS} steps with a checkpoint every {EVERY}, disturbed at a random moment and resumed with
 `sftlaunch resume` until complete. "Steps lost" were trained and had to be trained again: at most
 the save interval, and at most two where the newest checkpoint itself is destroyed. The loss
-difference is the largest of any step from an undisturbed run (bound {BOUND:.0e}).
+difference is the largest of any step from an undisturbed run (bound {BOUND:.0e}). A kind that a
+run lacks was not tried for it.
 
 """
 

@@ -38,6 +38,7 @@ def save_tensors(trainer: Any, folder: Path, group: Any) -> None:
         folder: does not exist yet.
         group: process group of all ranks, on CPU; None for one process.
     """
+    _shard_again(trainer.model_wrapped)
     gather = GATHERED.get(wrapped_type(trainer.model_wrapped))
     tensors = gather(trainer) if gather else dict(_live_tensors(trainer))
     _refuse_not_finite(tensors, group)
@@ -47,6 +48,19 @@ def save_tensors(trainer: Any, folder: Path, group: Any) -> None:
         process_group=group,
         no_dist=group is None,
     )
+
+
+def _shard_again(model: Any) -> None:
+    """Put back FSDP2's sharded parameters where a forward without a backward came last.
+
+    After an evaluation or a sample the root module's parameters are whole ones: other objects
+    than those that the optimizer knows, so that their state would be left out.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _refuse_not_finite(tensors: Mapping[str, Any], group: Any) -> None:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from bench.cells import run_cells
+from bench.cells import Cell, run_cells
 from bench.parity import uneven_rows
 from bench.resume import CHAINS, ROWS, STRATEGIES, Lab, circle
 from launcher.runs.checkpoints import whole
@@ -72,6 +72,18 @@ def test_other_rows_are_refused(lab) -> None:
     (outcome,) = run_cells([dataclasses.replace(cell, settings=tuple(changed.items()))], lab.folder)
     assert outcome.state == "failed"
     assert "this would be another run" in outcome.detail
+
+
+def test_a_save_after_an_evaluation_holds_all_state(tmp_path) -> None:
+    from launcher.train.tensors import saved_shapes
+
+    often = ("evaluation.every_steps", 1), ("checkpoints.every_steps", 1), ("training.max_steps", 2)
+    (outcome,) = run_cells([Cell("fsdp", "full", 2, 4, often)], tmp_path)
+    assert outcome.state == "completed", outcome.detail
+    names = saved_shapes(outcome.run.checkpoints / "checkpoint-2" / "state").keys()
+    trained = {name.removeprefix("model.") for name in names if name.startswith("model.")}
+    assert any("embed" in name for name in trained)
+    assert {name for name in trained if f"optimizer.{name}.exp_avg" not in names} == set()
 
 
 @pytest.mark.slow
