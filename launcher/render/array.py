@@ -14,14 +14,12 @@ from launcher.plan.make import Planned
 from launcher.plan.types import Plan
 from launcher.render.slurm import (
     Origin,
-    container_argv,
     directives,
     fill,
-    own_paths,
-    refuse_unmountable,
     script_values,
     words,
 )
+from launcher.render.slurm_container import container_argv, own_paths, refuse_unmountable
 from launcher.render.torchrun import rank_options
 from launcher.runs.sweep import compact
 from launcher.spec.schema import Spec
