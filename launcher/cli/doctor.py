@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import textwrap
@@ -150,7 +149,7 @@ def check_cluster(request: Request, wait_seconds: int) -> list[Check]:
     assert decided.slurm is not None  # noqa: S101 - the target is Slurm
     slurm, topology = decided.planned.spec.slurm, decided.plan.topology
     check(decided.plan, slurm)
-    beside = existing_folder(decided.output)
+    beside = check_job.existing_folder(decided.output)
     with check_job.check_folder(beside) as (folder, word):
         nodes = min(topology.nodes, MOST_NODES)
         script = check_script(slurm, topology, str(folder), word, nodes, decided.slurm)
@@ -159,12 +158,6 @@ def check_cluster(request: Request, wait_seconds: int) -> list[Check]:
     failed = [check.name for check in checks if not check.ok]
     check_job.remember(check_job.place(beside, slurm.partition), failed)
     return checks
-
-
-def existing_folder(output: str) -> Path:
-    """The folder that an output lies in, or will be made in."""
-    path = Path(os.path.abspath(output))  # noqa: PTH100 - keeps links
-    return next(folder for folder in (path.parent, *path.parents) if folder.is_dir())
 
 
 class Waiting:

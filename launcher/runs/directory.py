@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 STATES = ("planned", "queued", "running", "preempted", "failed", "completed")
+# Of a run that waits in Slurm, or that somebody runs.
+ON_THE_WAY = ("queued", "running")
+NOT_OVER = ("planned", *ON_THE_WAY)
 
 
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
