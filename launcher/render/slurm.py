@@ -38,6 +38,8 @@ PREPARE_SCRIPT = "prepare.sbatch"
 CHECK_SCRIPT = "check.sbatch"
 # Seconds that srun waits for the other nodes once one node's ranks have ended.
 STRAGGLER_SECONDS = 60
+# What the shell in front of torchrun sends it, once (job.sbatch).
+TOLD_BY = "SIGUSR2"
 PLACEHOLDER = re.compile(r"^# @([A-Z]+)@$|@([A-Z]+)@", re.MULTILINE)
 
 
@@ -81,13 +83,15 @@ def script_values(plan: Plan, spec: Spec, run_directory: str, origin: Origin) ->
         "JOB": "$SLURM_JOB_ID",
         "PREPARE": slurm.prepare,
         "STEP": words(_step(topology, slurm)),
-        "RANKS": words(
-            (
-                f"--nnodes={topology.nodes}",
-                *rank_options(topology, plan.worker.limits, run_directory),
-            )
-        ),
+        "RANKS": words(ranks(plan, run_directory)),
     }
+
+
+def ranks(plan: Plan, run_directory: str) -> tuple[str, ...]:
+    """Torchrun's arguments on each node, without the rendezvous."""
+    topology = plan.topology
+    options = rank_options(topology, plan.worker.limits, run_directory, TOLD_BY)
+    return (f"--nnodes={topology.nodes}", *options)
 
 
 def fill(values: Mapping[str, str], name: str = SCRIPT) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -159,9 +160,9 @@ def test_per_node_variables_are_not_expanded_in_the_batch_shell() -> None:
     script = TEMPLATE.read_text("utf-8")
     for variable in ("SLURM_PROCID", "SLURM_LOCALID", "SLURMD_NODENAME"):
         assert variable not in script
-    (line,) = [line for line in script.splitlines() if "SLURM_NODEID" in line]
-    assert line.startswith("node='")
-    assert line.endswith("'")
+    quoted = re.findall(r"^node='\n[^']+'$", script, re.MULTILINE)
+    assert len(quoted) == 1
+    assert script.count("SLURM_NODEID") == quoted[0].count("SLURM_NODEID") == 1
 
 
 @pytest.mark.parametrize(
