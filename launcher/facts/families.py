@@ -245,7 +245,7 @@ class Dimensions:
     vocab_size: int
     """Rows of the embedding."""
 
-    def dimensions(self) -> dict[str, int]:
+    def dimensions(self) -> dict[str, Any]:
         """Name: value, without what a subclass adds."""
         return {field.name: getattr(self, field.name) for field in fields(Dimensions)}
 
