@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from launcher.errors import SpecError
 from launcher.plan.make import Planned
 from launcher.plan.types import Plan
-from launcher.render.slurm import Origin, directives, fill, ranks, script_values, words
+from launcher.render.sbatch import directives
+from launcher.render.slurm import Origin, fill, ranks, script_values, words
 from launcher.render.slurm_container import container_argv, own_paths, refuse_unmountable
 from launcher.runs.sweep import compact
 from launcher.spec.schema import Spec

@@ -19,7 +19,8 @@ from launcher.errors import SpecError
 from launcher.facts.probe import Facts
 from launcher.plan.make import make_plan
 from launcher.render.files import with_files
-from launcher.render.slurm import OWNED, SCRIPT, Origin, clock, directive_value
+from launcher.render.sbatch import OWNED, clock, directive_value
+from launcher.render.slurm import SCRIPT, Origin
 from launcher.spec.durations import seconds
 from launcher.spec.schema import Spec
 from tests.support import HOSTILE_NAMES, ROOT
