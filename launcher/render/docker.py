@@ -151,7 +151,7 @@ def _mounts(spec: Spec, run_directory: str, caller: Caller) -> Iterable[str]:
     """Values of `--mount`, which Docker refuses where the source does not exist."""
     yield _mount(run_directory, run_directory)
     data = spec.dataset
-    named = (spec.model.path, data.path if data else None, data.eval_path if data else None)
+    named = (spec.model.path, *(data.places() if data else ()))
     local = {path: None for path in (*named, *caller.caches) if path and path.startswith("/")}
     for path in local:
         if not Path(path).is_relative_to(run_directory):
