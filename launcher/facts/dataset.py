@@ -7,7 +7,7 @@ network connection; what cannot be sampled lightly is left unknown.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,16 +63,19 @@ class DatasetFacts:
     """Columns of the sampled rows, in order of appearance, after renaming."""
 
     conversational: bool
-    """Whether rows hold messages with roles, so that a chat template is needed."""
+    """Whether rows are, or become, messages with roles: a chat template is needed."""
 
     file_bytes: int
     """Size of the file in bytes, as stored."""
+
+    folder: bool = False
+    """Whether it is one file of a folder: its rows are not all."""
 
 
 def probe_dataset(
     path: str, columns: Mapping[str, str] | None = None, *, drop_bad: bool = False
 ) -> DatasetFacts | None:
-    """Facts about a local .jsonl, .json, .csv, .tsv or .txt file, compressed or not.
+    """Facts about a local .jsonl, .json, .csv, .tsv or .txt file, compressed or not, or a folder.
 
     Args:
         path: a file, a folder, or a Hub name.
@@ -80,7 +83,7 @@ def probe_dataset(
         drop_bad: go on behind a row that cannot be used; the run leaves it out.
 
     Returns:
-        The facts; None for a Hub name, a folder, and a file that cannot be sampled
+        The facts; None for a Hub name, and a file that cannot be sampled
         without the `datasets` library (Parquet, Arrow, .zst, a very large JSON array).
 
     Raises:
@@ -97,13 +100,37 @@ def probe_dataset(
                 fix="correct `dataset`, or give a Hub name like `organisation/name`",
             )
         return None
+    if file.is_dir():
+        return _probe_folder(path, file, columns or {}, drop_bad=drop_bad)
     kind = kind_of(file)
-    if file.is_dir() or kind is None or file.suffix.lower() == ".zst":
+    if kind is None or file.suffix.lower() == ".zst":
         return None
     if file.stat().st_size == 0:
         raise _empty(path)
     sample = _sample(file, kind)
     return _describe(path, file, kind, sample, dict(columns or {}), drop_bad)
+
+
+def _probe_folder(
+    path: str, folder: Path, columns: Mapping[str, str], *, drop_bad: bool
+) -> DatasetFacts | None:
+    """Facts of the first file that rows are trained on; their number is unknown.
+
+    Which files belong to a split is the business of `datasets`: none is guessed here but
+    that a name with `train` in it is one.
+    """
+    files = sorted(path for path in folder.rglob("*") if _is_sampled(path, folder))
+    named = [file for file in files if "train" in file.name.lower()]
+    for file in (named or files)[:1]:
+        found = probe_dataset(str(file), columns, drop_bad=drop_bad)
+        return found and replace(found, path=path, rows=None, rows_exact=False, folder=True)
+    return None
+
+
+def _is_sampled(file: Path, folder: Path) -> bool:
+    """A file of rows; JSON in a folder may also be its description, and is left alone."""
+    hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+    return not hidden and kind_of(file) not in (None, "json", "txt") and file.is_file()
 
 
 def _looks_local(path: str) -> bool:
@@ -167,7 +194,7 @@ def _describe(
     names = tuple(dict.fromkeys(name for row in rows for name in row))
     form = detect(path, names) if rows else None
     lengths, refused = [], None
-    conversational = form in {"messages", "conversations"}
+    conversational = form in {"messages", "conversations", "alpaca"}
     for read in sample:
         try:
             characters, is_chat = _measure(read, form, renames)

@@ -160,7 +160,7 @@ def measure(row: Mapping[str, Any], form: Format) -> tuple[int, bool]:
             return _measure_pair(row)
         case "alpaca":
             names = ("instruction", "input", "output")
-            return sum(_text_length(row, name) for name in names if row.get(name)), False
+            return sum(_text_length(row, name) for name in names if row.get(name)), True
         case "text":
             return _text_length(row, "text"), False
         case _:

@@ -28,8 +28,8 @@ def report_lines(report: Mapping[str, Any], width: int) -> list[str]:
 
 def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rows = report["rows"]
-    loss = report["loss"] or "by its columns"
-    yield "data", f"{report['dataset']} ({report['format'] or 'no known format'}; loss: {loss})"
+    form = report["format"] or "no known format"
+    yield "data", f"{report['dataset']} ({form}; loss: {report['loss']})"
     yield "rows", _rows(rows)
     if "tokens" not in report:
         return

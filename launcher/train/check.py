@@ -127,7 +127,7 @@ class Check:
         report: dict[str, Any] = {
             "dataset": self.settings["path"],
             "format": parts[0].form,
-            "loss": self.plan.worker.loss,
+            "loss": self.plan.worker.loss or "by shape",
             "rows": {"read": sum(len(part.numbers) + part.bad for part in parts)},
         }
         usable = [part for part in parts if part.rows is not None]
@@ -156,6 +156,7 @@ class Check:
         told += self._leaks(data, train, held)
         return {
             **used,
+            "loss": self.tokenise.rule(),
             "held_out": self._described(*held) if held else None,
             "findings": told,
             "example": self._example(data, train),

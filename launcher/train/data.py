@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from launcher.errors import SpecError
 from launcher.facts.rows import COMPRESSED, kind_of, open_rows, read_rows
 from launcher.facts.shapes import KEPT, BadRowError, Format, Row, convert, detect
 from launcher.facts.usable import RowCheck, checked_rows, format_of
+from launcher.plan.types import Plan
 
 # Ending -> `datasets`' builder.
 BUILDERS = {
@@ -72,6 +73,22 @@ def load_parts(settings: Mapping[str, Any], seed: int) -> tuple[Any, Any]:
     training, evaluation = sources_of(settings)
     rows = mix([load_source(one, drop_bad=drop) for one in training], weights_of(settings), seed)
     return rows, load_source(evaluation, drop_bad=drop) if evaluation else None
+
+
+def loss_arguments(plan: Plan, columns: Collection[str]) -> dict[str, bool]:
+    """The loss by the shape of the rows, where the plan could not look at them.
+
+    The same rule as the plan's own (launcher.plan.defaults, LOSS_BY_FORMAT).
+
+    Args:
+        plan: of the run.
+        columns: of rows in TRL's shapes.
+    """
+    if plan.worker.loss is not None:
+        return {}
+    if "messages" in columns:
+        return {"assistant_only_loss": True}
+    return {"completion_only_loss": "completion" in columns}
 
 
 def hold_out(rows: Any, held_out: Any, share: float | None, seed: int) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from launcher.errors import SpecError
 from launcher.facts.shapes import BadRowError, is_chat, require_answer
 from launcher.plan.types import Plan
+from launcher.train.data import loss_arguments
 
 IGNORED = -100
 ANSWER = "assistant_masks"
@@ -34,6 +35,21 @@ class Tokens:
     ids: list[int]
     labels: list[int]
     """The same, -100 where a token is not trained on."""
+
+
+def usable_rows(plan: Plan, tokenizer: Any) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a row can be tokenised, for a dataset that leaves out what cannot.
+
+    The tokenizer is one of its own: the arguments' tokens and template are set on it.
+    """
+    made: list[Tokeniser] = []
+
+    def usable(row: Mapping[str, Any]) -> bool:
+        if not made:
+            made.append(Tokeniser(plan, tokenizer, row))
+        return made[0].usable(row)
+
+    return usable
 
 
 @contextmanager
@@ -71,9 +87,9 @@ class Tokeniser:
     """
 
     def __init__(self, plan: Plan, tokenizer: Any, first: Mapping[str, Any]) -> None:
-        arguments = plan.worker.training_arguments
+        own = plan.worker.training_arguments
+        arguments = {**own, **loss_arguments(plan, first)}
         self.tokenizer = tokenizer
-        self.loss = plan.worker.loss
         self.text_field = arguments.get("dataset_text_field") or "text"
         self.assistant_only = bool(arguments.get("assistant_only_loss"))
         completion_only = arguments.get("completion_only_loss")
@@ -128,11 +144,17 @@ class Tokeniser:
         """Whether a row can be tokenised."""
         return isinstance(self([row])[0], Tokens)
 
+    def rule(self) -> str:
+        """The loss in the spec's words."""
+        if self.assistant_only:
+            return "assistant"
+        return "completion" if self.completion_only else "all"
+
     def _refused(self, row: Mapping[str, Any], error: Exception) -> BadRowError:
         if isinstance(error, BadRowError):
             return error
         try:
-            require_answer(row, self.loss)
+            require_answer(row, self.rule())
         except BadRowError as refused:
             return refused
         what = " ".join(str(error).split())[:200] or type(error).__name__

@@ -21,12 +21,15 @@ MODEL, DATA = {"path": "/models/llama"}, {"path": "/data/rows.jsonl"}
 IDENTITY = (
     "batch.global_batch_size",
     "dataset.columns",
+    "dataset.drop_bad",
     "dataset.eval_path",
     "dataset.eval_share",
     "dataset.eval_split",
     "dataset.name",
     "dataset.path",
+    "dataset.sources",
     "dataset.split",
+    "dataset.weight",
     "lora.alpha",
     "lora.dropout",
     "lora.rank",
@@ -88,8 +91,13 @@ def keys(model: type[BaseModel] = Spec, prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", VALUES[get_origin(part) or part]
 
 
-# One name becomes a list of it, so the lists are written out.
-KEYS = {**dict(keys()), "lora.target_modules": (["q_proj"], ["q_proj", "v_proj"])}
+SOURCE = {"name": None, "split": "train", "columns": {}, "weight": None}
+# One name becomes a list of it, and a source is a mapping, so the lists are written out.
+KEYS = {
+    **dict(keys()),
+    "lora.target_modules": (["q_proj"], ["q_proj", "v_proj"]),
+    "dataset.sources": tuple([{**SOURCE, "path": path}] for path in "ab"),
+}
 CONTAINER = {"runtime": "pyxis", "image": "image"}
 
 
