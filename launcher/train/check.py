@@ -52,10 +52,13 @@ class Teller:
 
     def __init__(self) -> None:
         self.next_time = 0.0
+        self.text = ""
 
     def __call__(self, text: str, done: int = -1, total: int = -1) -> None:
         """Tell a stage; with numbers, how far it is."""
         now = time.monotonic()
+        if text != self.text:
+            self.text, done = text, -1
         if done >= 0 and now < self.next_time:
             return
         self.next_time = now + TELL_SECONDS

@@ -258,6 +258,19 @@ def test_numbers_fit_the_terminal_without_colour_in_a_pipe(tmp_path: Path, colum
     assert "#" in numbers
 
 
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_trained_tokens_are_green_on_a_terminal(tmp_path: Path, no_color: str) -> None:
+    import pexpect
+
+    file = written(tmp_path, "a.jsonl", jsonl(*map(chat, range(30))))
+    first, *rest = command(file)
+    environment = environ(tmp_path, NO_COLOR=no_color)
+    out = pexpect.run(" ".join([first, *rest]), env=environment, timeout=120, encoding="utf-8")
+    expected = "[[Paris<|im_end|>]]" if no_color else "\x1b[32mParis<|im_end|>\x1b[0m"
+    assert expected in out
+    assert ("\x1b" in out) is not bool(no_color)
+
+
 def test_ctrl_c_leaves_cleanly(tmp_path: Path) -> None:
     file = written(tmp_path, "a.jsonl", jsonl(*(chat(n) for n in range(60_000))))
     process = subprocess.Popen(
