@@ -53,7 +53,7 @@ def check(drop_bad: bool, **arguments: Any) -> int:
     else:
         _show(report)
     if error is None:
-        if report["rows"]["bad"]:
+        if report["bad"]["rows"]:
             for line in ("rows left out", *bad_lines(report)):
                 click.echo(line, err=True)
         return ExitCode.DONE
@@ -72,12 +72,12 @@ def _said(request: Any) -> bool:
 
 
 def _refusal(report: Mapping[str, Any]) -> Refusal | None:
-    bad = report["rows"]["bad"]
+    bad, read = report["bad"]["rows"], report["bad"]["read"]
     if not bad:
         return None
     return SpecError(
         "bad_rows",
-        f"{bad:,} of {report['rows']['read']:,} rows cannot be used",
+        f"{bad:,} of {read:,} rows cannot be used",
         fix="correct or remove them, or leave them out with --set dataset.drop_bad=true",
     )
 
@@ -155,8 +155,7 @@ def _progress(told: Mapping[str, Any]) -> str:
 
 
 def _raise(error: Mapping[str, Any]) -> None:
-    kinds: dict[int, type[Refusal]] = {int(ExitCode.ENVIRONMENT): EnvironmentNotReady}
-    kind = kinds.get(error.get("exit_code", 0), SpecError)
+    kind = EnvironmentNotReady if error["exit_code"] == ExitCode.ENVIRONMENT else SpecError
     fix = error["fix"] or "see what the error names: the dataset, the model or the Hub"
     raise kind(error["code"], error["message"], fix=fix, source=error["source"])
 

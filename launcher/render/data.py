@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launcher.render.text import LABEL_WIDTH, entry
+from launcher.render.text import LABEL_WIDTH, entry, plural
 
 LEAST_BAR, MOST_BAR = 8, 40
 OPEN, CLOSE = "[[", "]]"
@@ -93,9 +93,7 @@ def _held_out(held: Mapping[str, Any]) -> str:
 def finding_text(finding: Mapping[str, Any]) -> str:
     """A finding with its count, its fix and its first places."""
     rows = finding["rows"]
-    text = f"{rows:,} rows {finding['message']}" if rows else finding["message"]
-    if rows == 1:
-        text = f"1 row {finding['message']}"
+    text = f"{plural(rows, 'row')}: {finding['message']}" if rows else finding["message"]
     if finding["fix"]:
         text += f"; {finding['fix']}"
     if finding["places"]:
@@ -123,7 +121,7 @@ def histogram(bars: Sequence[Mapping[str, int]], width: int) -> list[str]:
 def bad_lines(report: Mapping[str, Any]) -> list[str]:
     """The first rows that cannot be used, one a line, with their fixes."""
     lines = [f"  {bad['place']}: {bad['what']}; {bad['fix']}" for bad in report["bad_rows"]]
-    more = report["rows"]["bad"] - len(report["bad_rows"])
+    more = report["bad"]["rows"] - len(report["bad_rows"])
     return [*lines, f"  and {more:,} more"] if more else lines
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.errors import Refusal
+from launcher.errors import ExitCode, Refusal
 from launcher.facts.shapes import BadRowError
 from launcher.plan.types import Plan, plan_from_json
 from launcher.train.data import hold_out, mix, sources_of, weights_of
@@ -36,7 +36,7 @@ from launcher.train.lengths import (
     end_tokens,
     measure_all,
 )
-from launcher.train.scan import FIRST, Findings, Part, scan
+from launcher.train.scan import FIRST, SHOWN, Findings, Part, scan
 from launcher.train.tokens import IGNORED, Tokeniser, Tokens, without_torch
 
 PERCENTILES = (50, 90, 95, 99)
@@ -66,9 +66,19 @@ class Teller:
 
 
 def write(value: Mapping[str, Any]) -> None:
-    """One line of standard output."""
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    """One line for the one who started this."""
+    _out.write(json.dumps(value) + "\n")
+    _out.flush()
+
+
+_out = sys.stdout
+
+
+def keep_output() -> None:
+    """What libraries print goes to standard error from here on."""
+    global _out
+    _out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
 
 
 @dataclass
@@ -110,7 +120,7 @@ class Check:
         assert plan.worker.dataset is not None  # noqa: S101 - refused by the command line
         self.plan, self.settings = plan, plan.worker.dataset
         self.arguments = plan.worker.training_arguments
-        self.found = Findings()
+        self.found, self.found_held = Findings(), Findings()
         self.tell = Teller()
         self.tokenise: Tokeniser | None = None
         packs = bool(self.arguments.get("packing"))
@@ -126,7 +136,7 @@ class Check:
         started = time.monotonic()
         training, evaluation = sources_of(self.settings)
         parts = [scan(source, self.found, self.tell) for source in training]
-        held_part = scan(evaluation, self.found, self.tell) if evaluation else None
+        held_part = scan(evaluation, self.found_held, self.tell) if evaluation else None
         report: dict[str, Any] = {
             "dataset": self.settings["path"],
             "format": parts[0].form,
@@ -137,7 +147,13 @@ class Check:
         if usable:
             report |= self._tokens(usable, held_part)
         report["rows"]["bad"] = self.found.bad
-        report["bad_rows"] = [bad.as_json() for bad in self.found.first_bad]
+        both = [*parts, *([held_part] if held_part else [])]
+        report["bad"] = {
+            "rows": self.found.bad + self.found_held.bad,
+            "read": sum(len(part.numbers) + part.bad for part in both),
+        }
+        first = [*self.found.first_bad, *self.found_held.first_bad][:SHOWN]
+        report["bad_rows"] = [bad.as_json() for bad in first]
         report["seconds"] = round(time.monotonic() - started, 3)
         return report
 
@@ -147,11 +163,11 @@ class Check:
         self.tell("loading the tokenizer")
         tokenizer = load_tokenizer(self.plan)
         self.tokenise = Tokeniser(self.plan, tokenizer, parts[0].rows[0])
-        data = self._measured(parts, weights_of(self.settings))
+        data = self._measured(parts, weights_of(self.settings), self.found)
         train, share = self._split(data)
         held = share
         if held_part is not None and held_part.rows is not None:
-            own = self._measured([held_part], None)
+            own = self._measured([held_part], None, self.found_held)
             held = own, own.order
         self.tell("counting")
         used = self._described(data, train)
@@ -167,7 +183,7 @@ class Check:
 
     # --- rows ---
 
-    def _measured(self, parts: list[Part], weights: list[float] | None) -> Dataset:
+    def _measured(self, parts: list[Part], weights: list[float] | None, into: Findings) -> Dataset:
         """Tokenise all parts, and find the order in which the run takes their rows."""
         import datasets
 
@@ -187,7 +203,7 @@ class Check:
 
             found, failed = measure_all(part.rows, measure, tell)
             for row, what, fix in failed:
-                self.found.refuse(part.place(row), BadRowError(what, fix))
+                into.refuse(part.place(row), BadRowError(what, fix))
             numbers.append(found)
             rows = range(offset, offset + len(found))
             indices.append(datasets.Dataset.from_dict({"row": list(rows)}))
@@ -287,20 +303,41 @@ class Check:
         again = (
             np.setdiff1d(np.arange(len(rows)), first) if counts.max(initial=1) > 1 else first[:0]
         )
+        ended, kept_end = flags & ENDED > 0, flags & ENDED_CUT > 0
+        repeated = np.isin(np.arange(len(rows)), again)
         rules: tuple[tuple[str, Any, str, str], ...] = (
-            ("no_label", cut & (numbers[:, TRAINED] > 0), f"have no label within {limit} tokens",
-             "raise training.max_length, or shorten their prompts"),
-            ("nothing_trained", cut & (numbers[:, TRAINED] == 0), "have no token to train on",
-             "remove them, or use another loss"),
-            ("no_end_token", flags & ENDED == 0, "end without a trained end token: the model may "
-             "not learn to stop", "use a template whose end-of-turn token is the assistant's"),
-            ("end_cut", flags & (ENDED | ENDED_CUT) == ENDED, f"lose their end token at {limit} "
-             "tokens", "raise training.max_length"),
-            ("double_start", flags & DOUBLE_START > 0, "begin with the start token twice",
-             "remove it from the rows or from the template"),
-            ("duplicate", np.isin(np.arange(len(rows)), again), "are in the data more than once",
-             "remove them, or mean it"),
-        )  # fmt: skip
+            (
+                "no_label",
+                cut & (numbers[:, TRAINED] > 0),
+                f"no label within {limit} tokens",
+                "raise training.max_length, or shorten their prompts",
+            ),
+            (
+                "nothing_trained",
+                cut & (numbers[:, TRAINED] == 0),
+                "no token to train on",
+                "remove them, or use another loss",
+            ),
+            (
+                "no_end_token",
+                ~ended,
+                "no trained end token at the end: the model may not learn to stop",
+                "use a template whose end-of-turn token is the assistant's",
+            ),
+            (
+                "end_cut",
+                ended & ~kept_end,
+                f"the end token is cut off at {limit} tokens",
+                "raise training.max_length",
+            ),
+            (
+                "double_start",
+                flags & DOUBLE_START > 0,
+                "the start token twice at the beginning",
+                "remove it from the rows or from the template",
+            ),
+            ("duplicate", repeated, "in the data more than once", "remove them, or mean it"),
+        )
         found = [
             _finding(code, int(mask.sum()), what, fix, data.places(rows[np.flatnonzero(mask)]))
             for code, mask, what, fix in rules
@@ -308,16 +345,16 @@ class Check:
         ]
         found += self._odd_turns()
         if used["rows"]["used"] < batch:
-            what = f"rows are fewer than one global batch of {batch}"
+            what = f"fewer than one global batch of {batch}"
             fix = "use a smaller --global-batch-size: a step repeats rows otherwise"
             found.append(_finding("small_dataset", used["rows"]["used"], what, fix, []))
         return found
 
     def _odd_turns(self) -> list[dict[str, Any]]:
         words = {
-            "empty_turn": ("have a turn without text", "fill it or remove the row"),
+            "empty_turn": ("a turn without text", "fill it or remove the row"),
             "order": (
-                "have turns in an unusual order: a system prompt first, then user and assistant "
+                "turns in an unusual order: a system prompt first, then user and assistant "
                 "in turns, the assistant last",
                 "correct the roles, or mean it",
             ),
@@ -350,7 +387,7 @@ class Check:
         mask = np.isin(other.hashes()[indices], data.hashes()[rows])
         if not mask.any():
             return []
-        what = "of the held-out data are trained on too: the evaluation flatters"
+        what = "in the held-out data and trained on too: the evaluation flatters"
         places = other.places(indices[np.flatnonzero(mask)])
         return [_finding("leak", int(mask.sum()), what, "remove them from one of the two", places)]
 
@@ -444,12 +481,20 @@ def _error(error: Exception) -> dict[str, Any]:
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     said = " ".join(str(error).split())
-    return {"code": "check", "message": f"{type(error).__name__}: {said}", "fix": "", "source": ""}
+    offline = isinstance(error, ConnectionError)
+    return {
+        "code": "unreachable" if offline else "check",
+        "message": f"{type(error).__name__}: {said}",
+        "fix": "check where there is a network, or name a local file" if offline else "",
+        "source": "",
+        "exit_code": int(ExitCode.ENVIRONMENT if offline else ExitCode.BAD_SPEC),
+    }
 
 
 def main() -> int:
     """Check; the report or the error goes to standard output."""
     plan = plan_from_json(json.load(sys.stdin))
+    keep_output()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         Teller()("starting")
