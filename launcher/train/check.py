@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -48,37 +48,34 @@ ODD = ("empty_turn", "order")
 
 
 class Teller:
-    """Says on standard output what is being done, a few times a second."""
+    """Writes JSON lines for the one who started this: what is being done, and the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
         self.next_time = 0.0
         self.text = ""
 
     def __call__(self, text: str, done: int = -1, total: int = -1) -> None:
-        """Tell a stage; with numbers, how far it is."""
+        """Tell a stage; with numbers how far it is, a few times a second."""
         now = time.monotonic()
         if text != self.text:
             self.text, done = text, -1
         if done >= 0 and now < self.next_time:
             return
         self.next_time = now + TELL_SECONDS
-        write({"progress": {"text": text, "done": done, "total": total}})
+        self.write({"progress": {"text": text, "done": done, "total": total}})
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """One line."""
+        self.stream.write(json.dumps(value) + "\n")
+        self.stream.flush()
 
 
-def write(value: Mapping[str, Any]) -> None:
-    """One line for the one who started this."""
-    _out.write(json.dumps(value) + "\n")
-    _out.flush()
-
-
-_out = sys.stdout
-
-
-def keep_output() -> None:
-    """What libraries print goes to standard error from here on."""
-    global _out
-    _out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def own_output() -> TextIO:
+    """Standard output for this module only: what libraries print goes to standard error."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    return stream
 
 
 @dataclass
@@ -116,12 +113,12 @@ class Dataset:
 class Check:
     """Works through a plan's dataset."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, tell: Teller) -> None:
         assert plan.worker.dataset is not None  # noqa: S101 - refused by the command line
         self.plan, self.settings = plan, plan.worker.dataset
         self.arguments = plan.worker.training_arguments
         self.found, self.found_held = Findings(), Findings()
-        self.tell = Teller()
+        self.tell = tell
         self.tokenise: Tokeniser | None = None
         packs = bool(self.arguments.get("packing"))
         keep_end = self.arguments.get("truncation_mode") == "keep_end"
@@ -494,21 +491,21 @@ def _error(error: Exception) -> dict[str, Any]:
 def main() -> int:
     """Check; the report or the error goes to standard output."""
     plan = plan_from_json(json.load(sys.stdin))
-    keep_output()
+    tell = Teller(own_output())
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        Teller()("starting")
+        tell("starting")
         with without_torch():
             import datasets
         datasets.disable_progress_bars()
-        write({"report": Check(plan).report()})
+        tell.write({"report": Check(plan, tell).report()})
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 1
     except Exception as error:
         traceback.print_exc()
-        write({"error": _error(error)})
+        tell.write({"error": _error(error)})
     return 0
 
 
