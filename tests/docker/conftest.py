@@ -145,8 +145,10 @@ def launch(engine: Engine, tmp_path: Path) -> Iterator[Launch]:
     """Start the recipe tiny in a container, two ranks; what is left is removed."""
     started: list[Contained] = []
 
-    def start(*flags: str, name: str = "run", steps: int = 8, watch: bool = False) -> Contained:
-        output = tmp_path / name
+    def start(
+        *flags: str, steps: int = 8, watch: bool = False, folder: Path = tmp_path
+    ) -> Contained:
+        output = folder / "run"
         arguments = [*recipe(steps), "--gpus=2", "--on=docker", f"--output={output}", *flags]
         if watch:
             process = popen(*arguments)

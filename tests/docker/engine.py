@@ -149,8 +149,8 @@ class Engine:
             )
         deadline = time.monotonic() + READY_SECONDS
         while not self.docker("version", "--format={{.Server.Version}}"):
-            ended = self.process.poll() is not None
-            assert not ended and time.monotonic() < deadline, self.said()
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
             time.sleep(POLL_SECONDS)
 
     def _make_cgroup(self) -> None:
@@ -257,8 +257,8 @@ class Preparation:
                     self._call(["bash", "-euo", "pipefail", "-c", _base_script(self.engine)])
             with self._timed("image"), tempfile.TemporaryDirectory() as folder:
                 self._call(_build_argv(Path(folder)))
-        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-            self.error = error
+        except BaseException as error:
+            self.error = error  # raised again where it is waited for
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
