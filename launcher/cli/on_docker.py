@@ -73,9 +73,11 @@ def run_and_follow(
     """
     from launcher.cli.follow import follow
     from launcher.launch import docker
+    from launcher.launch.container_user import make_ready
 
     try:
-        docker.start(run, plan.command, caller)
+        make_ready(run, caller)
+        docker.start(run, plan.command)
     except BaseException:
         run.restore(before)
         raise

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from launcher.errors import EnvironmentNotReady
 from launcher.plan.types import Plan
-from launcher.render.docker import Cache
+from launcher.render.docker import Cache, Caller, container_name
+from launcher.runs.directory import RunDirectory
 
 # The first user of most systems, and the image's own.
 ORDINARY_USER = 1000
@@ -87,6 +88,27 @@ def hub_names(plan: Plan) -> list[str]:
         for kind, name in named.items()
         if name and not name.startswith("/")
     ]
+
+
+def make_ready(run: RunDirectory, caller: Caller) -> None:
+    """Record a run's container before it starts, for then the record is its own to write."""
+    for cache in caller.caches:
+        if cache.writable:
+            _make(cache)
+    name = container_name(str(run.path))
+    run.update_status(state="running", stage="starting", docker={"container": name})
+    hand_over(run.path, caller.user, caller.group)
+
+
+def _make(cache: Cache) -> None:
+    try:
+        Path(cache.path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentNotReady(
+            "cache_unwritable",
+            f"the folder for models and data, {cache.path}, cannot be made: {error.strerror}",
+            fix=f"set {cache.variable} to a folder that you may write",
+        ) from None
 
 
 def hand_over(run_directory: Path, user: int, group: int) -> None:

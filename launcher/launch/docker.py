@@ -21,7 +21,6 @@ from launcher.errors import EnvironmentNotReady, ExitCode
 from launcher.launch.container_user import (
     caches,
     container_user,
-    hand_over,
     hub_names,
     other_groups,
 )
@@ -191,21 +190,13 @@ def check(plan: Plan, image: str) -> str:
     return digests[0] if digests else str(found["Id"])
 
 
-def start(run: RunDirectory, argv: Sequence[str], caller: Caller) -> None:
-    """Record a run's container, and start it.
+def start(run: RunDirectory, argv: Sequence[str]) -> None:
+    """Start a run's container, which `container_user.make_ready` has recorded.
 
     Raises:
         EnvironmentNotReady: as Docker refuses; nothing is left behind then.
     """
     remove(run)  # what an earlier attempt has left
-    for cache in caller.caches:
-        if cache.writable:
-            Path(cache.path).mkdir(parents=True, exist_ok=True)
-    # Before it runs: from then on the record is its own to write.
-    run.update_status(
-        state="running", stage="starting", docker={"container": container_name(str(run.path))}
-    )
-    hand_over(run.path, caller.user, caller.group)
     done = ask(argv, START_SECONDS)
     if done.returncode:
         remove(run)
