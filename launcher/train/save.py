@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,8 @@ OF_THIS_RANK = (
     "FSDP_",
 )
 SHOWN_LINES = 3
+# PEFT's name of the one adapter, in the middle of a parameter's name (LoRA) or at its end (IA3).
+ADAPTER_NAME = re.compile(r"\.default(?=\.|$)")
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -94,7 +97,7 @@ def save_fsdp1(trainer: Any, folder: str) -> None:
     if hasattr(module, "peft_config"):
         from safetensors.torch import save_file
 
-        adapter = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
+        adapter = {ADAPTER_NAME.sub("", name): tensor for name, tensor in state.items()}
         save_file(adapter, f"{folder}/{ADAPTER_FILE}", metadata={"format": "pt"})
 
 

@@ -1,4 +1,4 @@
-"""The fresh process that reads a final save back: it outlives a stop, and its end is named."""
+"""The final save: PEFT's names, and the fresh process that reads it back."""
 
 from __future__ import annotations
 
@@ -32,3 +32,15 @@ def test_an_end_without_words_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     stand_in(tmp_path, monkeypatch, "import os; os._exit(3)")
     with pytest.raises(save.IncompleteSaveError, match="exit code 3"):
         save.check_reload(RunDirectory(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [
+        ("base_model.layers.0.q_proj.lora_A.default.weight", "q_proj.lora_A.weight"),
+        ("base_model.layers.0.mlp.down_proj.ia3_l.default", "down_proj.ia3_l"),
+        ("base_model.layers.0.default_gate.lora_A.default.weight", "default_gate.lora_A.weight"),
+    ],
+)
+def test_the_adapters_own_name_is_in_no_saved_name(name: str, saved: str) -> None:
+    assert save.ADAPTER_NAME.sub("", name).endswith(saved)
