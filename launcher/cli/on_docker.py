@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from functools import partial
 
@@ -13,12 +14,12 @@ from launcher.cli.options import Request
 from launcher.errors import EnvironmentNotReady, ExitCode
 from launcher.plan.make import Planned
 from launcher.plan.types import Plan
-from launcher.render.docker import Caller, container_name, default_image
+from launcher.render.docker import Caller, container_name, default_image, local_paths
 from launcher.runs.directory import RunDirectory
 
 
-def container_caller(planned: Planned) -> Caller:
-    """This user, and the image that the spec names or that `image build` makes.
+def container_caller(planned: Planned, run_directory: str) -> Caller:
+    """Who the container runs as, and the image that the spec or `image build` names.
 
     Raises:
         EnvironmentNotReady: for what this version does not do.
@@ -31,49 +32,58 @@ def container_caller(planned: Planned) -> Caller:
         )
     from launcher.launch import docker
 
-    device = planned.plan.topology.device
-    return docker.caller(planned.spec.docker.image or default_image(device))
+    section, device = planned.spec.docker, planned.plan.topology.device
+    image = section.image or default_image(device)
+    return docker.caller(image, planned.plan, run_directory, section.user)
 
 
 def pinned(caller: Caller, plan: Plan) -> Caller:
-    """The caller with its image's digest.
+    """The caller with its image's digest, and with what the daemon asks for.
 
     Raises:
-        EnvironmentNotReady: no daemon, no image, another version in it.
+        EnvironmentNotReady: no daemon, no image, another version in it, files not to be read.
     """
     from launcher.launch import docker
+    from launcher.launch.container_user import refuse_unreadable
 
-    return dataclasses.replace(caller, image=docker.check(plan, caller.image))
+    image = docker.check(plan, caller.image)
+    found = docker.as_daemon_has_it(dataclasses.replace(caller, image=image))
+    if found.user != os.getuid():
+        refuse_unreadable(local_paths(plan), found.user, (found.group, *found.groups))
+    return found
 
 
 def run_and_follow(
     plan: Plan,
     run: RunDirectory,
     output: str,
-    argv: tuple[str, ...],
+    caller: Caller,
     before: Mapping[str, bytes] | None,
     request: Request,
 ) -> ExitCode:
     """Start the container, and show the run to its end unless asked not to.
 
     Args:
-        plan: the run's.
+        plan: the run's, whose command starts the container.
         run: whose files are written.
         output: the run directory as people name it.
-        argv: starts the container.
+        caller: whose it is.
         before: what was there before this command, for the case that nothing is started.
         request: how to print.
     """
     from launcher.cli.follow import follow
     from launcher.launch import docker
+    from launcher.launch.container_user import make_ready
 
     try:
-        docker.start(run, argv)
+        make_ready(run, caller)
+        docker.start(run, plan.command)
     except BaseException:
         run.restore(before)
         raise
     if not request.detach:
         return follow(plan, run, output, request.json, partial(docker.attend, plan, run))
+    docker.leave(run)
     click.echo(f"started    container {container_name(str(run.path))}", err=True)
     if request.json:
         click.echo(json.dumps(run.read_status()))

@@ -40,7 +40,7 @@ from launcher.insight.find import find_sweep
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
 from launcher.render import docker
-from launcher.render.docker import Caller, docker_argv
+from launcher.render.docker import Caller
 from launcher.render.files import run_files, with_files
 from launcher.render.slurm import SCRIPT, Origin
 from launcher.render.text import plan_lines
@@ -65,12 +65,6 @@ class Decided:
     """Who makes the job script, where it goes to Slurm."""
     docker: Caller | None = None
     """Who starts the container, where it goes to Docker."""
-
-    @property
-    def container(self) -> tuple[str, ...]:
-        """Argv that starts the container."""
-        assert self.docker is not None  # noqa: S101 - the target is Docker
-        return docker_argv(self.plan, self.planned.spec, os.path.abspath(self.output), self.docker)  # noqa: PTH100
 
 
 @click.command(context_settings={"max_content_width": 100})
@@ -213,8 +207,7 @@ def _launch(
         slurm = decided.planned.spec.slurm
         return queue_and_follow(run, slurm, decided.output, before, request)
     if decided.docker is not None:
-        argv = decided.container
-        return run_and_follow(decided.plan, run, decided.output, argv, before, request)
+        return run_and_follow(decided.plan, run, decided.output, decided.docker, before, request)
     from launcher.cli.follow import follow_here
 
     return follow_here(decided.plan, run, decided.output, decided.facts.cpu_count, request.json)
@@ -273,7 +266,7 @@ def decide(request: Request) -> Decided:
         output = free_name(output)
     path = os.path.abspath(output)  # noqa: PTH100 - keeps links
     slurm = origin() if request.target == "slurm" else None
-    docker = container_caller(planned) if request.target == "docker" else None
+    docker = container_caller(planned, path) if request.target == "docker" else None
     full = with_files(planned, path, facts.cpu_count, slurm or docker)
     return Decided(planned, full, facts, output, recipe, slurm, docker)
 

@@ -145,6 +145,11 @@ class RunDirectory:
         return self.logs(attempt) / "signals"
 
     @property
+    def container_log(self) -> Path:
+        """The last lines that a container printed, which is removed at its end."""
+        return self.path / "logs" / "container.log"
+
+    @property
     def presence(self) -> Path:
         """Host and process id of the launcher, which keeps it fresh while ranks run."""
         return self.path / ".running"
