@@ -16,9 +16,11 @@ from typing import Any
 
 from launcher import __version__
 from launcher.errors import EnvironmentNotReady, ExitCode
+from launcher.launch.docker_client import answer, last_line, no_daemon
 from launcher.launch.local import StopSignals, outcome
 from launcher.plan.types import Plan, plan_from_json
 from launcher.render.docker import VERSION_LABEL, Caller, container_name, stop_seconds
+from launcher.render.docker_place import client
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import Failure
 
@@ -94,16 +96,9 @@ def ask(
             fix="install Docker, or use --on local",
         )
     try:
-        done = subprocess.run(
-            argv,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=limit_seconds,
-        )
+        done = answer(argv, limit_seconds)
     except subprocess.TimeoutExpired:
-        raise _no_daemon(f"no answer within {limit_seconds} s") from None
+        raise no_daemon(argv, f"no answer within {limit_seconds} s") from None
     text = done.stderr.lower()
     if "permission denied" in text and "socket" in text:
         raise EnvironmentNotReady(
@@ -112,21 +107,11 @@ def ask(
             fix="have an administrator add you to the group docker, or use rootless Docker",
         )
     if done.returncode and ("cannot connect" in text or "error during connect" in text):
-        raise _no_daemon(_last_line(done.stderr))
+        raise no_daemon(argv, last_line(done.stderr))
     return done
 
 
-def _no_daemon(why: str) -> EnvironmentNotReady:
-    where = os.environ.get("DOCKER_HOST", "this machine")
-    return EnvironmentNotReady(
-        "docker_down",
-        f"the Docker daemon of {where} does not answer",
-        why=why,
-        fix="start it (systemctl start docker), or correct DOCKER_HOST",
-    )
-
-
-def check(plan: Plan, image: str) -> str:
+def check(plan: Plan, image: str, daemon: str | None = None) -> str:
     """Refuse what the daemon would not start; the image by its content.
 
     Returns:
@@ -135,13 +120,13 @@ def check(plan: Plan, image: str) -> str:
     Raises:
         EnvironmentNotReady: no daemon, no image, or another version of this package in it.
     """
-    done = ask(["docker", "image", "inspect", image])
+    done = ask([*client(daemon), "image", "inspect", image])
     if done.returncode:
         cpu = "--cpu " if plan.topology.device == "cpu" else ""
         raise EnvironmentNotReady(
             "no_image",
             f"the image {image} is not here",
-            why=_last_line(done.stderr),
+            why=last_line(done.stderr),
             fix=f"build it (sftlaunch image build {cpu}), fetch it (docker pull {image}), or "
             "set docker.image",
         )
@@ -159,7 +144,7 @@ def check(plan: Plan, image: str) -> str:
     return digests[0] if digests else str(found["Id"])
 
 
-def start(run: RunDirectory, argv: Sequence[str]) -> str:
+def start(run: RunDirectory, argv: Sequence[str], daemon: str | None = None) -> str:
     """Start a run's container, and record it.
 
     Returns:
@@ -168,11 +153,11 @@ def start(run: RunDirectory, argv: Sequence[str]) -> str:
     Raises:
         EnvironmentNotReady: as Docker refuses; nothing is left behind then.
     """
-    remove(run)  # what an earlier attempt has left
+    remove(run, daemon)  # what an earlier attempt has left
     done = ask(argv, START_SECONDS)
     if done.returncode:
-        remove(run)
-        raise _refused(done.stderr)
+        remove(run, daemon)
+        raise refused(done.stderr)
     identity = done.stdout.strip()
     run.update_status(state="running", stage="starting", docker={"container": identity})
     return identity
@@ -217,20 +202,21 @@ def _watch(
         time.sleep(POLL_SECONDS)
 
 
-def _refused(text: str) -> EnvironmentNotReady:
+def refused(text: str) -> EnvironmentNotReady:
+    """What Docker says to a container that it does not start, with the fix."""
     for part, code, what, fix in REFUSALS:
         if part in text.lower():
-            return EnvironmentNotReady(code, what, why=_last_line(text), fix=fix)
+            return EnvironmentNotReady(code, what, why=last_line(text), fix=fix)
     return EnvironmentNotReady(
         "not_started",
-        f"the container was not started: {_last_line(text)}",
+        f"the container was not started: {last_line(text)}",
         fix="correct docker: in the spec; docker.sh is what ran",
     )
 
 
-def look(run: RunDirectory) -> Container | None:
+def look(run: RunDirectory, daemon: str | None = None) -> Container | None:
     """A run's container; None where the daemon does not know it (any more)."""
-    done = ask(["docker", "container", "inspect", container_name(str(run.path))])
+    done = ask([*client(daemon), "container", "inspect", container_name(str(run.path))])
     if done.returncode:
         return None
     found = json.loads(done.stdout)[0]
@@ -241,10 +227,10 @@ def look(run: RunDirectory) -> Container | None:
     )
 
 
-def stop(run: RunDirectory, seconds: int) -> None:
+def stop(run: RunDirectory, seconds: int, daemon: str | None = None) -> None:
     """SIGTERM to the launcher inside, SIGKILL after so long; a restart policy does not act."""
     name = container_name(str(run.path))
-    ask(["docker", "stop", f"--time={seconds}", name], seconds + ANSWER_SECONDS)
+    ask([*client(daemon), "stop", f"--time={seconds}", name], seconds + ANSWER_SECONDS)
 
 
 def patience(run: RunDirectory) -> int:
@@ -253,12 +239,6 @@ def patience(run: RunDirectory) -> int:
     return stop_seconds(plan)
 
 
-def remove(run: RunDirectory) -> None:
+def remove(run: RunDirectory, daemon: str | None = None) -> None:
     """Remove a container that has ended, or that must end now."""
-    ask(["docker", "rm", "--force", container_name(str(run.path))])
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    useful = [line for line in lines if not line.startswith("See 'docker")]
-    return " ".join((useful or lines or ["no output"])[-1].split())
+    ask([*client(daemon), "rm", "--force", container_name(str(run.path))])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher import __version__
 from launcher.plan.types import Plan
+from launcher.render.docker_place import HERE, Place, client
 from launcher.render.quote import shell_block
 from launcher.spec.schema import Spec
 
@@ -53,6 +54,8 @@ class Caller:
     """Folders of models and data that were fetched before; mounted read-only."""
     devices: tuple[str, ...] = ()
     """InfiniBand and the like."""
+    place: Place = HERE
+    """Which daemon is asked, and the container's part among several nodes."""
 
 
 def container_name(run_directory: str) -> str:
@@ -77,17 +80,19 @@ def docker_argv(plan: Plan, spec: Spec, run_directory: str, caller: Caller) -> t
     """
     docker = spec.docker
     return (
-        "docker",
+        *client(caller.place.daemon),
         "run",
         "--detach",
         f"--name={container_name(run_directory)}",
         f"--label={RUN_LABEL}={run_directory}",
         f"--hostname={caller.host}",
+        *caller.place.options(),
         *((f"--restart=on-failure:{docker.restarts}",) if docker.restarts else ()),
         *_limits(plan),
         *_rights(caller),
         *_devices(plan, caller),
-        *(f"--mount={mount}" for mount in _mounts(spec, run_directory, caller)),
+        f"--mount={mount(run_directory, run_directory)}",
+        *(f"--mount={value}" for value in input_mounts(spec, run_directory, caller)),
         # By name: their values never stand in an argv or a file.
         *(f"--env={name}" for name in sorted(docker.environment)),
         f"--env=SFTLAUNCH_RUN_DIRECTORY={run_directory}",
@@ -96,7 +101,7 @@ def docker_argv(plan: Plan, spec: Spec, run_directory: str, caller: Caller) -> t
         *LOG_OPTIONS,
         caller.image,
         "-m",
-        MODULE,
+        *(caller.place.arguments() or (MODULE,)),
         run_directory,
     )
 
@@ -147,22 +152,26 @@ def _devices(plan: Plan, caller: Caller) -> tuple[str, ...]:
     return (f"--gpus={plan.topology.gpus_per_node}", *(f"--device={d}" for d in caller.devices))
 
 
-def _mounts(spec: Spec, run_directory: str, caller: Caller) -> Iterable[str]:
-    """Values of `--mount`, which Docker refuses where the source does not exist."""
-    yield _mount(run_directory, run_directory)
+def input_paths(spec: Spec, run_directory: str) -> tuple[str, ...]:
+    """Model and data that lie in the file system, outside the run directory."""
     data = spec.dataset
     named = (spec.model.path, data.path if data else None, data.eval_path if data else None)
-    local = {path: None for path in (*named, *caller.caches) if path and path.startswith("/")}
-    for path in local:
+    local = {path: None for path in named if path and path.startswith("/")}
+    return tuple(path for path in local if not Path(path).is_relative_to(run_directory))
+
+
+def input_mounts(spec: Spec, run_directory: str, caller: Caller) -> Iterable[str]:
+    """Values of `--mount` beside the run's; Docker refuses them where the source is missing."""
+    for path in dict.fromkeys((*input_paths(spec, run_directory), *caller.caches)):
         if not Path(path).is_relative_to(run_directory):
-            yield _mount(path, path, read_only=True)
-    for mount in spec.docker.mounts:
-        source, _, rest = mount.partition(":")
+            yield mount(path, path, read_only=True)
+    for said in spec.docker.mounts:
+        source, _, rest = said.partition(":")
         target, _, options = rest.partition(":")
-        yield _mount(source, target or source, read_only=options == "ro")
+        yield mount(source, target or source, read_only=options == "ro")
 
 
-def _mount(source: str, target: str, *, read_only: bool = False) -> str:
+def mount(source: str, target: str, *, read_only: bool = False) -> str:
     """One value, as Docker's CSV reader takes it back: commas and quotes in paths hold."""
     fields = ["type=bind", f"source={source}", f"target={target}"]
     fields += ["readonly"] if read_only else []

@@ -115,9 +115,9 @@ class RunDirectory:
         """What one rank printed."""
         return self.logs(attempt) / f"rank-{rank}.log"
 
-    def launcher_log(self, attempt: int) -> Path:
-        """What torchrun itself printed."""
-        return self.logs(attempt) / "launcher.log"
+    def launcher_log(self, attempt: int, node: int = 0) -> Path:
+        """What torchrun itself printed; nodes whose launchers do not share one have their own."""
+        return self.logs(attempt) / ("launcher.log" if node == 0 else f"launcher-{node}.log")
 
     def rank_error(self, attempt: int, rank: int) -> Path:
         """A rank's own error, written by it as it fails."""

@@ -214,8 +214,14 @@ def _from_logs(run: RunDirectory, attempt: int, detail: str) -> Failure:
 def _without_record(run: RunDirectory, attempt: int) -> Failure | None:
     """A cause that its rank could not write down itself."""
     logs = _rank_logs(run, attempt)
-    killed = _killed(run, attempt, _read(run.launcher_log(attempt)))
+    killed = _killed(run, attempt, _agents_words(run, attempt))
     return _stuck(run, attempt, logs) or killed or _silent(run, attempt, logs)
+
+
+def _agents_words(run: RunDirectory, attempt: int) -> str:
+    """What the nodes' agents printed, the first node's first."""
+    paths = (run.launcher_log(attempt), *sorted(run.logs(attempt).glob("launcher-*.log")))
+    return "\n".join(map(_read, paths))
 
 
 def _rank_logs(run: RunDirectory, attempt: int) -> dict[int | None, str]:

@@ -34,6 +34,13 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 ALL_LINEAR = "all-linear"
 CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+# A host name, or an address of version 6 in brackets; nothing that ssh would take for an option.
+DOCKER_HOST = re.compile(
+    r"unix:///.+"
+    r"|(?:ssh|tcp)://(?:(?P<user>[\w.][\w.-]*)(?P<password>:[^@]*)?@)?"
+    r"(?:[A-Za-z0-9_][\w.-]*|\[[0-9a-fA-F:.]+\])(?::\d+)?/?",
+    re.ASCII,
+)
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -55,6 +62,21 @@ def _is_one_line(value: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_is_one_line)]
+
+
+def _is_docker_host(value: str) -> str:
+    """A daemon's address as Docker's client takes it; no secret may stand in it."""
+    found = DOCKER_HOST.fullmatch(value)
+    if not found:
+        raise ValueError("it should be ssh://USER@HOST[:PORT], tcp://HOST:PORT or unix:///PATH")
+    if found["password"] is not None:
+        raise ValueError("it holds a password; use a key of ssh")
+    return value
+
+
+DockerHost = Annotated[Line, AfterValidator(_is_docker_host)]
+# A host's name, or its address without brackets.
+Address = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*|[0-9a-fA-F:.]+)$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 DirectiveName = Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")]
 
@@ -307,7 +329,18 @@ class DockerSpec(Section):
     restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="How often Docker starts a failed container again; it resumes."
     )
-    hosts: list[Line] = Field(default_factory=list, description="ssh://user@host, one a node.")
+    hosts: list[DockerHost] = Field(
+        default_factory=list,
+        description="Daemons that start the containers, such as ssh://user@host, one a node; the "
+        "first is the rendezvous.",
+    )
+    addresses: list[Address] | None = Field(
+        None,
+        description="By which the nodes find each other, one a node; those in hosts without it.",
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="Port of the rendezvous on the first node; by the run's path if unset."
+    )
 
 
 class Spec(Section):

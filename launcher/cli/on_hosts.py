@@ -1,0 +1,107 @@
+"""Which Docker hosts a run's nodes stand on, as it was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from launcher.errors import SpecError
+from launcher.launch.node import own_address
+from launcher.render.docker import Caller
+from launcher.render.docker_nodes import Nodes, places_of
+from launcher.render.docker_place import STARTED_WAIT_SECONDS, Place, address_of, endpoint
+from launcher.spec.schema import DockerSpec, Spec
+
+
+def with_nodes_of_hosts(spec: Spec) -> Spec:
+    """A spec with as many nodes as hosts, where nothing else was said."""
+    hardware = spec.hardware
+    if len(spec.docker.hosts) < 2 or hardware.nodes is not None:  # noqa: PLR2004 - several
+        return spec
+    nodes = len(spec.docker.hosts)
+    return spec.model_copy(update={"hardware": hardware.model_copy(update={"nodes": nodes})})
+
+
+def on_hosts(spec: Spec, run_directory: str, nodes: int, caller: Caller) -> Caller | Nodes:
+    """Who starts each node's container.
+
+    Args:
+        spec: resolved.
+        run_directory: absolute path.
+        nodes: of the plan.
+        caller: who starts one on this machine.
+
+    Raises:
+        SpecError: hosts or addresses that are not one a node.
+    """
+    docker = spec.docker
+    _refuse_uneven(docker, nodes)
+    if not docker.hosts and nodes == 1:
+        return caller
+    places = places_of(spec, run_directory, nodes)
+    if not docker.hosts:
+        return Nodes(tuple(dataclasses.replace(caller, place=place) for place in places))
+    addresses = docker.addresses or [address_of(url) or own_address("") for url in docker.hosts]
+    return Nodes(
+        tuple(
+            _on_host(caller, place, url, addresses)
+            for place, url in zip(places, docker.hosts, strict=True)
+        )
+    )
+
+
+def _on_host(caller: Caller, place: Place, url: str, addresses: list[str]) -> Caller:
+    """The caller for one host. What lies on this machine says nothing about that one."""
+    there = dataclasses.replace(
+        place,
+        daemon=url,
+        address=addresses[place.rank],
+        endpoint=endpoint(addresses[0], place.port),
+        wait_seconds=STARTED_WAIT_SECONDS,
+    )
+    # Ranks tell their neighbours by the host's name: two containers must differ in it.
+    name = address_of(url) or f"{caller.host}-{place.rank}"
+    return dataclasses.replace(
+        caller, host=name.replace(":", "-"), caches=(), devices=(), place=there
+    )
+
+
+def _refuse_uneven(docker: DockerSpec, nodes: int) -> None:
+    hosts = [url.rstrip("/") for url in docker.hosts]
+    twice = next((url for url in hosts if hosts.count(url) > 1), None)
+    if twice is not None:
+        raise SpecError(
+            "docker_hosts",
+            f"{twice} is named twice",
+            why="each node needs a machine of its own",
+            fix="name another host, or use --nodes 1 with all its GPUs",
+        )
+    if hosts and len(hosts) != nodes:
+        raise SpecError(
+            "docker_hosts",
+            f"{nodes} node{'s' if nodes > 1 else ''} and {len(hosts)} Docker host"
+            f"{'s' if len(hosts) > 1 else ''}",
+            why="each node is one host",
+            fix=f"use --docker-host {nodes} times, or --nodes {len(hosts)}",
+        )
+    if docker.addresses and len(docker.addresses) != nodes:
+        raise SpecError(
+            "docker_hosts",
+            f"docker.addresses has {len(docker.addresses)} of {nodes} addresses",
+            fix="give one a node, in the order of docker.hosts",
+        )
+
+
+def refuse_without_hosts(nodes: Nodes) -> None:
+    """Refuse to start what no daemon was named for.
+
+    Raises:
+        SpecError: with the two ways there are.
+    """
+    if nodes.callers[0].place.daemon is None:
+        number = len(nodes.callers)
+        raise SpecError(
+            "docker_hosts",
+            f"{number} nodes need {number} Docker hosts, and none was named",
+            fix="use --docker-host ssh://USER@HOST once a node; without ssh, --dry-run --json has "
+            "a docker-node-K.sh and a cloud-init file for each of them",
+        )
