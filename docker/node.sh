@@ -39,17 +39,21 @@ done
 # Started by root, as clouds do, the container still has a user of its own: the image's.
 user=$(id -u) group=$(id -g) cache=${HOME:-/tmp}/.cache/huggingface
 [ "$user" != 0 ] || user=1000 group=1000 cache=/var/lib/sftlaunch/huggingface
-mkdir -p "$run" "$cache"
+# Models and rows of the Hub are kept on the node.
+hub=(@HUB@)
+owned=("$run")
+[ ${#hub[@]} = 0 ] || owned+=("$cache")
+mkdir -p "${owned[@]}"
 
 # Each in one step: on a file system that the nodes share, all of them write the same.
 write() {
   cat >"$run/.$1.$rank" && mv "$run/.$1.$rank" "$run/$1"
 }
 # @FILES@
-[ "$(id -u)" != 0 ] || chown -R "$user:$group" "$run" "$cache"
+[ "$(id -u)" != 0 ] || chown -R "$user:$group" "${owned[@]}"
 
 devices=(@DEVICES@)
 [ -d /dev/infiniband ] || devices=()
 docker rm @NAME@ >/dev/null 2>&1 || true
-exec docker run --detach "${devices[@]}" \
+exec docker run --detach "${devices[@]}" "${hub[@]}" \
   @OPTIONS@

@@ -207,14 +207,15 @@ def node_script(
         "IMAGE": shlex.quote(caller.image),
         "FIRST": first,
         "INPUTS": " ".join(shlex.quote(path) for path in input_paths(spec, run_directory)),
+        "HUB": " ".join(_hub(spec)),
         "FILES": "\n".join(_heredoc(name, text) for name, text in files.items()),
         "DEVICES": INFINIBAND if plan.topology.device == "cuda" else "",
-        "OPTIONS": " \\\n  ".join(_words(argv, there, spec)),
+        "OPTIONS": " \\\n  ".join(_words(argv, there)),
     }
     return fill("node.sh", values)
 
 
-def _words(argv: tuple[str, ...], caller: Caller, spec: Spec) -> Iterator[str]:
+def _words(argv: tuple[str, ...], caller: Caller) -> Iterator[str]:
     """The argv for bash; what only the node knows stands as a variable of the script."""
     known = {
         caller.image: '"$image"',
@@ -224,7 +225,6 @@ def _words(argv: tuple[str, ...], caller: Caller, spec: Spec) -> Iterator[str]:
             f"--endpoint={caller.place.endpoint}"
         ).replace(FIRST, '"$first"'),
     }
-    yield from _hub(spec)
     for word in argv[len(STARTS) :]:
         yield known.get(word) or shlex.quote(word)
 

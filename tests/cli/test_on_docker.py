@@ -90,8 +90,13 @@ def test_what_docker_refuses_leaves_no_half_run(text: str, code: str, docker) ->
     assert tree(machine).keys() <= {"runs/"}
 
 
-def test_several_hosts_are_refused(docker) -> None:
-    docker()
-    done = sftlaunch("plan", "--on=docker", "--device=cpu", "--nodes=2", "--gpus=2")
-    assert done.code == 4
-    assert "--on slurm" in done.err
+def test_several_nodes_without_hosts_are_scripts_to_carry_there(docker) -> None:
+    machine = docker()
+    asked = ("--on=docker", "--device=cpu", "--nodes=2", "--gpus=2", "--json")
+    done = sftlaunch("plan", *asked)
+    assert done.code == 0, done.err
+    assert {"docker-node-0.sh", "docker-node-1.sh", "cloud-init-1.yaml"} <= set(done.json["files"])
+    done = sftlaunch("run", *asked)
+    assert (done.code, done.json["error"]["code"]) == (2, "docker_hosts")
+    assert "--docker-host ssh://USER@HOST" in done.err
+    assert tree(machine) == {}

@@ -39,7 +39,11 @@ done
 # Started by root, as clouds do, the container still has a user of its own: the image's.
 user=$(id -u) group=$(id -g) cache=${HOME:-/tmp}/.cache/huggingface
 [ "$user" != 0 ] || user=1000 group=1000 cache=/var/lib/sftlaunch/huggingface
-mkdir -p "$run" "$cache"
+# Models and rows of the Hub are kept on the node.
+hub=()
+owned=("$run")
+[ ${#hub[@]} = 0 ] || owned+=("$cache")
+mkdir -p "${owned[@]}"
 
 # Each in one step: on a file system that the nodes share, all of them write the same.
 write() {
@@ -155,12 +159,12 @@ write deepspeed.json <<'END'
   }
 }
 END
-[ "$(id -u)" != 0 ] || chown -R "$user:$group" "$run" "$cache"
+[ "$(id -u)" != 0 ] || chown -R "$user:$group" "${owned[@]}"
 
 devices=(--device=/dev/infiniband)
 [ -d /dev/infiniband ] || devices=()
 docker rm sftlaunch-docker-two-nodes-without-ssh-46fe9370 >/dev/null 2>&1 || true
-exec docker run --detach "${devices[@]}" \
+exec docker run --detach "${devices[@]}" "${hub[@]}" \
   --name=sftlaunch-docker-two-nodes-without-ssh-46fe9370 \
   --label=sftlaunch.run=/runs/docker-two-nodes-without-ssh \
   "--hostname=$(uname -n)" \
