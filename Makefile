@@ -37,8 +37,8 @@ lint: $(VENV)/.train ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-cluster: system ## what the Slurm tests need, installed where we are root
-	@bash tools/system-packages.sh "$(PYTHON)" slurm
+cluster: system ## what the Slurm and Docker tests need, installed where we are root
+	@bash tools/system-packages.sh "$(PYTHON)" servers
 
 test: lint cluster ## all checks of a commit: lint, light tests, a slice of the real-engine tests
 	$(BIN)/python -m pytest -m "not slow" -q $(PYTEST_ARGS)

@@ -38,7 +38,7 @@ done
 
 # Started by root, as clouds do, the container still has a user of its own: the image's.
 user=$(id -u) group=$(id -g) cache=${HOME:-/tmp}/.cache/huggingface
-[ "$user" != 0 ] || user=1000 group=1000 cache=/var/lib/sftlaunch/huggingface
+[ "$user" != 0 ] || user=@USER@ group=@GROUP@ cache=/var/lib/sftlaunch/huggingface
 # Models and rows of the Hub are kept on the node.
 hub=(@HUB@)
 owned=("$run")

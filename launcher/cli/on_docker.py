@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,32 +24,34 @@ if TYPE_CHECKING:
 
 
 def container_caller(planned: Planned, run_directory: str) -> Caller | Nodes:
-    """This user, and the image that the spec names or that `image build` makes.
+    """Who the containers run as, and the image that the spec or `image build` names.
 
     Raises:
         SpecError: hosts that do not match the nodes.
     """
     from launcher.launch import docker
 
-    topology, spec = planned.plan.topology, planned.spec
-    caller = docker.caller(spec.docker.image or default_image(topology.device))
-    return on_hosts(spec, run_directory, topology.nodes, caller)
+    section, topology = planned.spec.docker, planned.plan.topology
+    image = section.image or default_image(topology.device)
+    caller = docker.caller(image, planned.plan, run_directory, section.user)
+    return on_hosts(planned.spec, run_directory, topology.nodes, caller)
 
 
 def checked(target: Caller | Nodes, planned: Planned, run: RunDirectory) -> Caller | Nodes:
-    """The target with its image's digest.
+    """The target with its image's digest, and with what its daemon asks for.
 
     Raises:
-        Refusal: no daemon, no image, another version in it, or what a host does not see.
+        Refusal: no daemon, no image, another version in it, files not to be read, or what a
+            host does not see.
     """
     if isinstance(target, Nodes):
         from launcher.launch.docker_hosts import ready
 
         refuse_without_hosts(target)
         return ready(planned.plan, planned.spec, run, target)
-    from launcher.launch import docker
+    from launcher.launch.docker import pinned
 
-    return dataclasses.replace(target, image=docker.check(planned.plan, target.image))
+    return pinned(planned.plan, target)
 
 
 def run_and_follow(
@@ -66,15 +67,16 @@ def run_and_follow(
     """Start the containers, and show the run to its end unless asked not to.
 
     Args:
-        plan: the run's.
+        plan: the run's, whose command starts the first container.
         run: whose files are written.
         output: the run directory as people name it.
-        target: who starts the containers.
+        target: whose they are.
         before: what was there before this command, for the case that nothing is started.
         spec: resolved.
         request: how to print.
     """
     from launcher.cli.follow import follow
+    from launcher.launch import docker
 
     try:
         attend = _start(plan, run, target, spec)
@@ -83,6 +85,7 @@ def run_and_follow(
         raise
     if not request.detach:
         return follow(plan, run, output, request.json, attend)
+    docker.leave(run)
     click.echo(f"started    container {container_name(str(run.path))}", err=True)
     if request.json:
         click.echo(json.dumps(run.read_status()))
@@ -92,14 +95,16 @@ def run_and_follow(
 def _start(
     plan: Plan, run: RunDirectory, target: Caller | Nodes, spec: Spec
 ) -> Callable[..., Ended]:
-    """Start the containers; what attends them is returned."""
+    """Start the containers; returns what attends them to their end."""
     from launcher.launch import docker, docker_hosts
+    from launcher.launch.container_user import make_ready
 
     if isinstance(target, Nodes):
         argvs = [docker_argv(plan, spec, str(run.path), caller) for caller in target.callers]
         docker_hosts.start(run, target, argvs)
-        return partial(docker_hosts.attend, plan, run, target)
-    docker.start(run, docker_argv(plan, spec, str(run.path), target))
+        return partial(docker_hosts.attend, plan, run)
+    make_ready(run, target)
+    docker.start(run, plan.command)
     return partial(docker.attend, plan, run)
 
 

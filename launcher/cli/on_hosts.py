@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from launcher.errors import SpecError
+from launcher.launch.container_user import OWN_CACHE
 from launcher.launch.node import own_address
-from launcher.render.docker import Caller
+from launcher.render.docker import Cache, Caller
 from launcher.render.docker_nodes import Nodes, places_of
 from launcher.render.docker_place import STARTED_WAIT_SECONDS, Place, address_of, endpoint
 from launcher.spec.schema import DockerSpec, Spec
@@ -43,13 +44,15 @@ def on_hosts(spec: Spec, run_directory: str, nodes: int, caller: Caller) -> Call
     addresses = docker.addresses or [address_of(url) or own_address("") for url in docker.hosts]
     return Nodes(
         tuple(
-            _on_host(caller, place, url, addresses)
+            _on_host(caller, place, url, addresses, run_directory)
             for place, url in zip(places, docker.hosts, strict=True)
         )
     )
 
 
-def _on_host(caller: Caller, place: Place, url: str, addresses: list[str]) -> Caller:
+def _on_host(
+    caller: Caller, place: Place, url: str, addresses: list[str], run_directory: str
+) -> Caller:
     """The caller for one host. What lies on this machine says nothing about that one."""
     there = dataclasses.replace(
         place,
@@ -60,8 +63,10 @@ def _on_host(caller: Caller, place: Place, url: str, addresses: list[str]) -> Ca
     )
     # Ranks tell their neighbours by the host's name: two containers must differ in it.
     name = address_of(url) or f"{caller.host}-{place.rank}"
+    # The run directory is what all of them share.
+    cache = Cache(f"{run_directory}/{OWN_CACHE}", "HF_HOME")
     return dataclasses.replace(
-        caller, host=name.replace(":", "-"), caches=(), devices=(), place=there
+        caller, host=name.replace(":", "-"), caches=(cache,), devices=(), place=there
     )
 
 

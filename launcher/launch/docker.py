@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher import __version__
 from launcher.errors import EnvironmentNotReady, ExitCode
+from launcher.launch.container_user import (
+    caches,
+    container_user,
+    hub_names,
+    other_groups,
+    refuse_unreadable,
+)
 from launcher.launch.docker_client import answer, last_line, no_daemon
-from launcher.launch.local import StopSignals, outcome
+from launcher.launch.local import StopSignals, outcome, python_path
 from launcher.plan.types import Plan, plan_from_json
-from launcher.render.docker import VERSION_LABEL, Caller, container_name, stop_seconds
+from launcher.render.docker import (
+    VERSION_LABEL,
+    Caller,
+    container_name,
+    local_paths,
+    stop_seconds,
+)
 from launcher.render.docker_place import client
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import Failure
@@ -28,6 +43,10 @@ ANSWER_SECONDS = 20
 START_SECONDS = 300
 POLL_SECONDS = 0.5
 INFINIBAND = Path("/dev/infiniband")
+SHOWN_LOG_LINES = 200
+# Of a daemon that says so -> the option without which a container could not use the mounts.
+DAEMON_OPTIONS = {"name=userns": "--userns=host", "name=selinux": "--security-opt=label=disable"}
+ROOTLESS = "name=rootless"
 # What Docker says -> code, what, fix. First match wins; sources: moby's own messages.
 REFUSALS = (
     (
@@ -73,12 +92,30 @@ class Container:
     exit_code: int
 
 
-def caller(image: str) -> Caller:
-    """This process's user, its caches of models and data, and its fast network devices."""
-    devices = (str(INFINIBAND),) if INFINIBAND.is_dir() else ()
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    caches = (str(home),) if home.is_dir() else ()
-    return Caller(image, os.getuid(), os.getgid(), socket.gethostname(), caches, devices)
+def caller(image: str, plan: Plan, run_directory: str, said_user: str | None = None) -> Caller:
+    """Whose the run is inside, their caches of models and data, and fast network devices."""
+    folder = Path(run_directory)
+    user, group = container_user(folder, said_user)
+    return Caller(
+        image,
+        user,
+        group,
+        socket.gethostname(),
+        caches(user, folder, hub_names(plan)),
+        (str(INFINIBAND),) if INFINIBAND.is_dir() else (),
+        other_groups(user, group),
+    )
+
+
+def as_daemon_has_it(caller: Caller) -> Caller:
+    """The caller with what this daemon's own way of naming users asks for."""
+    docker = client(caller.place.daemon)
+    said = ask([*docker, "info", "--format={{json .SecurityOptions}}"]).stdout
+    options = tuple(option for name, option in DAEMON_OPTIONS.items() if name in said)
+    if ROOTLESS in said:
+        # Root inside is then the user who runs the daemon, and nobody more.
+        return replace(caller, user=0, group=0, groups=(), daemon=options)
+    return replace(caller, daemon=options)
 
 
 def ask(
@@ -144,23 +181,30 @@ def check(plan: Plan, image: str, daemon: str | None = None) -> str:
     return digests[0] if digests else str(found["Id"])
 
 
-def start(run: RunDirectory, argv: Sequence[str], daemon: str | None = None) -> str:
-    """Start a run's container, and record it.
+def pinned(plan: Plan, caller: Caller) -> Caller:
+    """The caller with its image's digest, and with what its daemon asks for.
 
-    Returns:
-        The container's id.
+    Raises:
+        EnvironmentNotReady: no daemon, no image, another version in it, files not to be read.
+    """
+    image = check(plan, caller.image, caller.place.daemon)
+    found = as_daemon_has_it(replace(caller, image=image))
+    if found.user != os.getuid():
+        refuse_unreadable(local_paths(plan), found.user, (found.group, *found.groups))
+    return found
+
+
+def start(run: RunDirectory, argv: Sequence[str]) -> None:
+    """Start a run's container, which `container_user.make_ready` has recorded.
 
     Raises:
         EnvironmentNotReady: as Docker refuses; nothing is left behind then.
     """
-    remove(run, daemon)  # what an earlier attempt has left
+    remove(run)  # what an earlier attempt has left
     done = ask(argv, START_SECONDS)
     if done.returncode:
-        remove(run, daemon)
+        remove(run)
         raise refused(done.stderr)
-    identity = done.stdout.strip()
-    run.update_status(state="running", stage="starting", docker={"container": identity})
-    return identity
 
 
 def attend(
@@ -177,29 +221,99 @@ def attend(
         DONE, RUN_FAILED with the first failing rank's error, or PREEMPTED.
     """
     with StopSignals() as stopping:
+        said = ""
         try:
             code = _watch(run, stopping, stop_seconds(plan), on_poll)
         finally:
+            said = _keep_log(run)
             remove(run)
     on_poll()
-    return outcome(run, code, stopped=stopping.asked)
+    return _ended(run, code, stopping.asked, said)
+
+
+def see_out(run: RunDirectory) -> None:
+    """Wait for the end of a container that nobody watches, and remove it; record how it ended."""
+    code = _watch(run, None, 0, lambda: None)
+    said = _keep_log(run)
+    remove(run)
+    _ended(run, code, False, said)
+
+
+def leave(run: RunDirectory) -> None:
+    """Have a process of its own see the container out."""
+    subprocess.Popen(
+        [sys.executable, "-m", "launcher.launch.attendant", str(run.path)],
+        env={**os.environ, "PYTHONPATH": python_path()},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _watch(
-    run: RunDirectory, stopping: StopSignals, patience: int, on_poll: Callable[[], None]
+    run: RunDirectory, stopping: StopSignals | None, patience: int, on_poll: Callable[[], None]
 ) -> int:
+    """Wait for the container's end; its exit code."""
     asked: threading.Thread | None = None
-    while True:
-        container = look(run)
-        if container is None:
-            return 1
-        if not container.running:
-            return container.exit_code
-        if stopping.asked and asked is None:
-            asked = threading.Thread(target=stop, args=(run, patience), daemon=True)
-            asked.start()
-        on_poll()
-        time.sleep(POLL_SECONDS)
+    waiting = _wait(run)
+    try:
+        while True:
+            # One client that waits: to ask again and again takes a tenth of a processor.
+            if waiting.poll() is not None:
+                container = look(run)
+                if container is None:
+                    return 1
+                if not container.running:
+                    return container.exit_code
+                waiting = _wait(run)  # Docker has started it again
+            if stopping is not None and stopping.asked and asked is None:
+                asked = threading.Thread(target=stop, args=(run, patience), daemon=True)
+                asked.start()
+            on_poll()
+            time.sleep(POLL_SECONDS)
+    finally:
+        waiting.kill()
+        waiting.wait()
+
+
+def _wait(run: RunDirectory) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["docker", "wait", container_name(str(run.path))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _keep_log(run: RunDirectory) -> str:
+    """Put what the container printed into the run directory, for it goes with the container."""
+    name = container_name(str(run.path))
+    done = ask(["docker", "logs", f"--tail={SHOWN_LOG_LINES}", name])
+    if done.returncode:
+        return ""
+    said = done.stdout + done.stderr
+    with contextlib.suppress(OSError):  # a full disk
+        run.container_log.parent.mkdir(parents=True, exist_ok=True)
+        run.container_log.write_text(said, encoding="utf-8")
+    return said
+
+
+def _ended(
+    run: RunDirectory, code: int, stopped: bool, said: str
+) -> tuple[ExitCode, Failure | None]:
+    """The outcome; where no rank had begun, the container's own last words."""
+    exit_code, failure = outcome(run, code, stopped=stopped)
+    if failure is None or failure.rank is not None or not said.strip():
+        return exit_code, failure
+    if any(run.logs(int(run.read_status()["attempt"])).glob("rank-*.log")):
+        return exit_code, failure
+    log = str(run.container_log.relative_to(run.path))
+    failure = replace(failure, error=f"{failure.error}: {last_line(said)}", log=log)
+    with contextlib.suppress(OSError):
+        run.update_status(error=failure.as_json())
+    return exit_code, failure
 
 
 def refused(text: str) -> EnvironmentNotReady:

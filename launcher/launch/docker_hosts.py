@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.launch import docker
-from launcher.launch.docker_client import answer, end, last_line
+from launcher.launch.container_user import make_ready
+from launcher.launch.docker_client import end, last_line
 from launcher.launch.local import StopSignals, outcome
 from launcher.plan.types import Plan
 from launcher.render.docker import Caller, container_name, stop_seconds
@@ -43,6 +44,7 @@ NO_CHECKPOINT_SECONDS = 5
 LOST_SECONDS = 60.0
 ASK_AGAIN_SECONDS = 5.0
 REVISION_LABEL = "org.opencontainers.image.revision"
+ERROR = "error: "  # what the program inside writes before it ends
 ENDED_WELL = (ExitCode.DONE, ExitCode.PREEMPTED)
 
 
@@ -59,10 +61,10 @@ def ready(plan: Plan, spec: Spec, run: RunDirectory, nodes: Nodes) -> Nodes:
     """
     callers = nodes.callers
     _refuse_same(callers, _each(_identity, callers))
-    pinned = _each(lambda caller: _with_image(plan, caller), callers)
+    pinned = _each(lambda caller: _pinned(plan, caller), callers)
     _refuse_builds(callers, _each(_revision, pinned))
     with _token(run.path) as (folder, token):
-        found = _each(lambda caller: _look_inside(spec, caller, folder, token), pinned)
+        found = _each(lambda caller: _look_inside(plan, spec, caller, folder, token), pinned)
     return Nodes(
         tuple(
             _judged(plan, run, caller, seen, token)
@@ -117,15 +119,14 @@ def _refuse_same(callers: Sequence[Caller], identities: Sequence[str]) -> None:
             )
 
 
-def _with_image(plan: Plan, caller: Caller) -> Caller:
+def _pinned(plan: Plan, caller: Caller) -> Caller:
     daemon = caller.place.daemon
     bring = (
         f"docker save {caller.image} | docker --host {daemon} load; or sftlaunch image build "
         "--push NAME, and set docker.image"
     )
     with _naming(daemon, {"no_image": bring, "image_version": bring}):
-        image = docker.check(plan, caller.image, daemon)
-    return dataclasses.replace(caller, image=image)
+        return docker.pinned(plan, caller)
 
 
 def _revision(caller: Caller) -> str:
@@ -167,12 +168,14 @@ def _token(path: Path) -> Iterator[tuple[Path, str]]:
         yield folder, name
 
 
-def _look_inside(spec: Spec, caller: Caller, folder: Path, token: str) -> dict[str, Any] | None:
+def _look_inside(
+    plan: Plan, spec: Spec, caller: Caller, folder: Path, token: str
+) -> dict[str, Any] | None:
     """What a container on a host sees; None where the folder is not even there."""
     daemon, owner = caller.place.daemon, folder.stat()
     # The folder's owner can look into it, whoever the run's own user is.
-    asks = dataclasses.replace(caller, user=owner.st_uid, group=owner.st_gid)
-    done = docker.ask(check_argv(spec, str(folder), token, asks), CHECK_SECONDS)
+    asks = dataclasses.replace(caller, user=owner.st_uid, group=owner.st_gid, caches=())
+    done = docker.ask(check_argv(plan, spec, str(folder), token, asks), CHECK_SECONDS)
     if done.returncode and f"path does not exist: {folder}" in done.stderr:
         return None
     with _naming(daemon, {"mount_missing": "copy it there under the same path"}):
@@ -232,12 +235,7 @@ def start(run: RunDirectory, nodes: Nodes, argvs: Sequence[Sequence[str]]) -> No
         EnvironmentNotReady: as one of the daemons refuses; none is left running then.
     """
     daemons = [caller.place.daemon for caller in nodes.callers]
-    # Written ahead: from the start on the record belongs to the first node's container.
-    run.update_status(
-        state="running",
-        stage="starting",
-        docker={"container": container_name(str(run.path)), "hosts": daemons},
-    )
+    make_ready(run, nodes.callers[0], daemons)
     remove(run, daemons)  # what an earlier attempt has left
     try:
         _start_one(daemons[0], argvs[0])
@@ -356,8 +354,9 @@ class Watched:
         if found.running:
             self._waiting = self._wait()
             return None
+        said = self._keep_log()
         code = found.exit_code
-        return End(code, "" if code in ENDED_WELL else self._words(code))
+        return End(code, "" if code in ENDED_WELL else self._words(code, said))
 
     def _silent(self, refusal: EnvironmentNotReady) -> End | None:
         now = time.monotonic()
@@ -367,15 +366,25 @@ class Watched:
             return None
         return End(1, f"{refusal.what}: {self.where} is lost")
 
-    def _words(self, code: int) -> str:
-        """The program's own error line."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            argv = [*client(self.daemon), "logs", "--tail=20", self.name]
-            said = answer(argv, docker.ANSWER_SECONDS)
-            lines = [line for line in said.stderr.splitlines() if line.startswith("error: ")]
-            if lines:
-                return f"{self.where}: {last_line(lines[-1]).removeprefix('error: ')}"
-        return f"the container of {self.where} exited {code}"
+    def _keep_log(self) -> str:
+        """Put what the container printed into the run directory, for it goes with it."""
+        argv = [*client(self.daemon), "logs", f"--tail={docker.SHOWN_LOG_LINES}", self.name]
+        try:
+            done = docker.ask(argv)
+        except EnvironmentNotReady:
+            return ""
+        said = done.stdout + done.stderr
+        path = self.run.container_log_of(self.rank)
+        with contextlib.suppress(OSError):  # a full disk
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(said, encoding="utf-8")
+        return said
+
+    def _words(self, code: int, said: str) -> str:
+        """The program's own error line, or the last one."""
+        lines = [line for line in said.splitlines() if line.startswith(ERROR)]
+        own = lines[-1].removeprefix(ERROR) if lines else f"it exited {code}: {last_line(said)}"
+        return f"{self.where}: {own}"
 
     def close(self) -> None:
         """Wait no longer."""
@@ -384,38 +393,57 @@ class Watched:
 
 
 def attend(
-    plan: Plan, run: RunDirectory, nodes: Nodes, on_poll: Callable[[], None]
+    plan: Plan, run: RunDirectory, on_poll: Callable[[], None]
 ) -> tuple[ExitCode, Failure | None]:
-    """Watch all containers to their end, and remove them.
+    """Watch all containers of a run to their end, and remove them.
 
     Where one ends badly the others are ended, too; a stop reaches all of them.
 
     Args:
         plan: the run's.
         run: whose containers were started.
-        nodes: where they were.
         on_poll: called a few times a second.
 
     Returns:
         DONE, RUN_FAILED with the first failing rank's error, or PREEMPTED.
     """
-    daemons = [caller.place.daemon for caller in nodes.callers]
+    with StopSignals() as stopping:
+        bad, left = _to_the_end(run, stop_seconds(plan), stopping, on_poll)
+    on_poll()
+    return _judge(run, bad, left, stopped=stopping.asked)
+
+
+def see_out(run: RunDirectory) -> None:
+    """The same where nobody watches; how it ended is recorded."""
+    bad, left = _to_the_end(run, docker.patience(run), None, lambda: None)
+    _judge(run, bad, left, stopped=False)
+
+
+def _to_the_end(
+    run: RunDirectory, patience: int, stopping: StopSignals | None, on_poll: Callable[[], None]
+) -> tuple[End | None, list[str | None]]:
+    """The first bad end, and the hosts on which a container may be left."""
+    daemons = daemons_of(run)
     watched = [Watched(run, rank, daemon) for rank, daemon in enumerate(daemons)]
     left: list[str | None] = []
-    with StopSignals() as stopping:
-        try:
-            bad = _Together(run, watched, stop_seconds(plan)).watch(stopping, on_poll)
-        finally:
-            for one in watched:
-                one.close()
-            left = remove(run, daemons)
-    on_poll()
-    seen = bad.words if bad else ""
+    try:
+        bad = _Together(run, watched, patience).watch(stopping, on_poll)
+    finally:
+        for one in watched:
+            one.close()
+        left = remove(run, daemons)
+    return bad, left
+
+
+def _judge(
+    run: RunDirectory, bad: End | None, left: list[str | None], *, stopped: bool
+) -> tuple[ExitCode, Failure | None]:
+    seen = [bad.words] if bad else []
     if left:
         names = " and ".join(map(str, left))
         name = container_name(str(run.path))
-        seen += f"; {names} cannot be asked, a container may be left there: {name}"
-    return outcome(run, bad.code if bad else 0, stopped=stopping.asked, seen=seen.lstrip("; "))
+        seen.append(f"{names} cannot be asked, a container may be left there: {name}")
+    return outcome(run, bad.code if bad else 0, stopped=stopped, seen="; ".join(seen))
 
 
 class _Together:
@@ -425,7 +453,7 @@ class _Together:
         self.run, self.watched, self.patience = run, watched, patience
         self.stopper: threading.Thread | None = None
 
-    def watch(self, stopping: StopSignals, on_poll: Callable[[], None]) -> End | None:
+    def watch(self, stopping: StopSignals | None, on_poll: Callable[[], None]) -> End | None:
         """Wait for all; returns the first bad end."""
         first: End | None = None
         since: float | None = None
@@ -435,7 +463,7 @@ class _Together:
                 since = time.monotonic()
             bad = next((end for end in ended if end.code not in ENDED_WELL), None)
             first = first or bad
-            if stopping.asked:
+            if stopping is not None and stopping.asked:
                 self._stop(self.patience)
             elif since is not None:
                 grace = PEER_GRACE_SECONDS if bad else float(self.patience)

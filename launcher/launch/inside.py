@@ -29,11 +29,11 @@ def main(arguments: list[str]) -> int:
     if run.read_status().get("state") == "completed":
         return ExitCode.DONE  # started again after the last word was written
     plan = plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
-    processors = len(os.sched_getaffinity(0))
-    environment = launch_environment(plan.topology, processors, plan.worker.limits["max_restarts"])
-    # The plan's own command is the one that starts this container.
+    # The plan's own command starts this container.
     argv = torchrun_argv(plan.topology, plan.worker.limits, str(run.path), run.path.name)
     plan = dataclasses.replace(plan, command=argv)
+    processors = len(os.sched_getaffinity(0))
+    environment = launch_environment(plan.topology, processors, plan.worker.limits["max_restarts"])
     code, failure = launch(plan, run, environment, Speaker(run).poll)
     if failure is not None:
         sys.stderr.write(f"error: {failure.error}\n")

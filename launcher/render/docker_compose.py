@@ -45,6 +45,7 @@ ONE: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "--stop-timeout": ("stop_grace_period", lambda value: f"{value}s"),
     "--shm-size": ("shm_size", int),
     "--ipc": ("ipc", str),
+    "--userns": ("userns_mode", str),
     "--user": ("user", str),
     "--read-only": ("read_only", lambda _: True),
     "--gpus": ("deploy", _gpus),

@@ -24,9 +24,9 @@ from launcher.render.docker import (
     container_name,
     docker_argv,
     docker_script,
-    input_mounts,
-    input_paths,
+    local_paths,
     mount,
+    other_mounts,
 )
 from launcher.render.docker_compose import compose_text
 from launcher.render.docker_place import Place, client, endpoint, port_of
@@ -39,6 +39,8 @@ INFINIBAND = "--device=/dev/infiniband"
 # A machine that nobody attends starts a failed container again.
 UNATTENDED_RESTARTS = 3
 HUB_CACHE = "/cache"
+# The image's own user, and the first one of most systems.
+ORDINARY_USER = 1000
 CHECK_MODULE = "launcher.launch.host_check"
 CHECK_FOLDER = "/sftlaunch-check"
 # What the template itself says.
@@ -118,10 +120,11 @@ def places_of(spec: Spec, run_directory: str, nodes: int) -> tuple[Place, ...]:
     )
 
 
-def check_argv(spec: Spec, folder: str, token: str, caller: Caller) -> tuple[str, ...]:
+def check_argv(plan: Plan, spec: Spec, folder: str, token: str, caller: Caller) -> tuple[str, ...]:
     """Argv that looks at a host from within a container, with the run's mounts and network.
 
     Args:
+        plan: decided.
         spec: resolved.
         folder: of this machine, in which the token is looked for.
         token: name of a file.
@@ -138,11 +141,12 @@ def check_argv(spec: Spec, folder: str, token: str, caller: Caller) -> tuple[str
         "--rm",
         *place.options(),
         f"--user={caller.user}:{caller.group}",
+        *caller.daemon,
         "--read-only",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
         f"--mount={mount(folder, CHECK_FOLDER, read_only=True)}",
-        *(f"--mount={value}" for value in input_mounts(spec, folder, caller)),
+        *(f"--mount={value}" for value in other_mounts(plan, spec, folder, caller)),
         "--entrypoint=python",
         caller.image,
         "-m",
@@ -195,8 +199,9 @@ def node_script(
     )
     unattended = spec.model_copy(update={"docker": docker})
     # What lies on this machine says nothing about that one.
-    there = dataclasses.replace(caller, caches=(), devices=())
+    there = dataclasses.replace(caller, caches=(), devices=(), groups=())
     argv = docker_argv(plan, unattended, run_directory, there)
+    user, _, group = (spec.docker.user or str(ORDINARY_USER)).partition(":")
     place, first = caller.place, spec.docker.addresses[0] if spec.docker.addresses else ""
     values = {
         "VERSION": __version__,
@@ -206,7 +211,9 @@ def node_script(
         "RUN": shlex.quote(run_directory),
         "IMAGE": shlex.quote(caller.image),
         "FIRST": first,
-        "INPUTS": " ".join(shlex.quote(path) for path in input_paths(spec, run_directory)),
+        "INPUTS": " ".join(shlex.quote(path) for path in local_paths(plan)),
+        "USER": user,
+        "GROUP": group or user,
         "HUB": " ".join(_hub(spec)),
         "FILES": "\n".join(_heredoc(name, text) for name, text in files.items()),
         "DEVICES": INFINIBAND if plan.topology.device == "cuda" else "",

@@ -128,6 +128,15 @@ class RunDirectory:
         return self.logs(attempt) / "signals"
 
     @property
+    def container_log(self) -> Path:
+        """The last lines that a container printed, which is removed at its end."""
+        return self.container_log_of(0)
+
+    def container_log_of(self, node: int) -> Path:
+        """The same of one of several nodes."""
+        return self.path / "logs" / ("container.log" if node == 0 else f"container-{node}.log")
+
+    @property
     def presence(self) -> Path:
         """Host and process id of the launcher, which keeps it fresh while ranks run."""
         return self.path / ".running"

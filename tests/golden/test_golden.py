@@ -33,7 +33,7 @@ from launcher.facts.model import probe_model
 from launcher.facts.probe import Facts, _planned_gpu
 from launcher.plan.make import make_plan
 from launcher.plan.types import plan_from_json
-from launcher.render.docker import Caller
+from launcher.render.docker import Cache, Caller
 from launcher.render.files import with_files
 from launcher.render.slurm import Origin
 from launcher.render.text import plan_lines
@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 CASES = Path(__file__).parent / "cases"
 NAMES = sorted(path.parent.name for path in CASES.glob("*/spec.yaml"))
 WIDTH = 100
-CALLER = Caller("registry.example/sftlaunch:1", 1000, 1000, "laptop", ("/home/me/cache",))
+CALLER = Caller(
+    "registry.example/sftlaunch:1", 1000, 1000, "laptop", (Cache("/home/me/cache", "HF_HOME"),)
+)
 ORIGIN = Origin("sftlaunch spec.yaml --on slurm", "/opt/sft/bin/python", "/opt/sft/lib")
 
 

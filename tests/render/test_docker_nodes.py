@@ -18,7 +18,7 @@ from launcher.errors import SpecError
 from launcher.facts.probe import Facts
 from launcher.plan.make import make_plan
 from launcher.plan.types import Plan, plan_from_json
-from launcher.render.docker import Caller, docker_argv
+from launcher.render.docker import Cache, Caller, docker_argv
 from launcher.render.docker_compose import compose_text
 from launcher.render.docker_nodes import Nodes, check_argv
 from launcher.render.docker_place import HERE, Place, address_of, port_of
@@ -26,7 +26,9 @@ from launcher.render.files import with_files
 from launcher.spec.schema import Spec
 from tests.support import HOSTILE_NAMES, ROOT
 
-CALLER = Caller("registry.example/sft:1", 1000, 1001, "laptop", ("/home/me/cache",))
+CALLER = Caller(
+    "registry.example/sft:1", 1000, 1001, "laptop", (Cache("/home/me/cache", "HF_HOME"),)
+)
 FACTS = Facts(gpus=(), gpu=None, model=None, dataset=None, held_out=None, cpu_count=8)
 HOSTS = ["ssh://me@gpu-a", "ssh://gpu-b:2222"]
 RUN = "/runs/x"
@@ -148,7 +150,9 @@ def test_the_address_in_a_url(url: str, address: str | None) -> None:
 def test_the_check_has_the_mounts_of_the_run() -> None:
     plan, spec, target = target_of(docker={"hosts": HOSTS, "mounts": ["/scratch"]})
     assert isinstance(target, Nodes)
-    first, second = (check_argv(spec, "/shared", ".token", caller) for caller in target.callers)
+    first, second = (
+        check_argv(plan, spec, "/shared", ".token", caller) for caller in target.callers
+    )
     for path in ("/shared", "/models/m", "/data/t.jsonl", "/scratch"):
         assert any(f"source={path}," in word for word in second)
     assert "--rm" in first
@@ -239,8 +243,8 @@ def test_rows_that_are_not_on_the_node_are_named(tmp_path: Path) -> None:
 
 def test_the_hub_s_cache_is_kept_on_the_node() -> None:
     from_hub = target_of(nodes=1, model="someone/model")[0].files["docker-node-0.sh"]
-    assert "HF_HOME" in from_hub
-    assert "HF_HOME" not in target_of(nodes=1)[0].files["docker-node-0.sh"]
+    assert "HF_HOME=" in from_hub
+    assert "HF_HOME=" not in target_of(nodes=1)[0].files["docker-node-0.sh"]
 
 
 @pytest.mark.parametrize("hosts", [None, HOSTS])
@@ -294,14 +298,15 @@ def test_compose_says_what_docker_run_says() -> None:
     assert service["read_only"] is service["init"] is True
     assert service["stop_grace_period"] == f"{option(argv, '--stop-timeout')}s"
     assert service["shm_size"] == int(option(argv, "--shm-size"))
-    assert service["environment"] == ["HF_TOKEN", f"SFTLAUNCH_RUN_DIRECTORY={RUN}"]
+    said = [word.removeprefix("--env=") for word in argv if word.startswith("--env=")]
+    assert service["environment"] == said
     (gpus,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert (gpus["count"], gpus["capabilities"]) == (2, ["gpu"])
     assert {mount["target"]: mount.get("read_only", False) for mount in service["volumes"]} == {
         RUN: False,
         "/models/m": True,
         "/data/t.jsonl": True,
-        "/home/me/cache": True,
+        "/home/me/cache": False,
         "/c": True,
     }
     assert not any(mount["bind"]["create_host_path"] for mount in service["volumes"])

@@ -159,6 +159,14 @@ exec docker run --detach "${devices[@]}" "${hub[@]}" \
   --mount=type=bind,source=/runs/docker-cpu-addresses-unknown,target=/runs/docker-cpu-addresses-unknown \
   --mount=type=bind,source=/models/tiny,target=/models/tiny,readonly \
   --mount=type=bind,source=/data/train.jsonl,target=/data/train.jsonl,readonly \
+  --env=COMET_API_KEY \
+  --env=HF_ENDPOINT \
+  --env=HF_HUB_OFFLINE \
+  --env=HF_TOKEN \
+  --env=MLFLOW_TRACKING_URI \
+  --env=WANDB_API_KEY \
+  --env=WANDB_MODE \
+  --env=WANDB_PROJECT \
   --env=SFTLAUNCH_RUN_DIRECTORY=/runs/docker-cpu-addresses-unknown \
   --workdir=/runs/docker-cpu-addresses-unknown \
   --entrypoint=python \

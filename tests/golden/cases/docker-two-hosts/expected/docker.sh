@@ -26,6 +26,15 @@ docker \
   --mount=type=bind,source=/runs/docker-two-hosts,target=/runs/docker-two-hosts \
   --mount=type=bind,source=/models/llama,target=/models/llama,readonly \
   --mount=type=bind,source=/data/train.jsonl,target=/data/train.jsonl,readonly \
+  --env=COMET_API_KEY \
+  --env=HF_ENDPOINT \
+  --env=HF_HUB_OFFLINE \
+  --env=HF_TOKEN \
+  --env=MLFLOW_TRACKING_URI \
+  --env=WANDB_API_KEY \
+  --env=WANDB_MODE \
+  --env=WANDB_PROJECT \
+  --env=HF_HOME=/runs/docker-two-hosts/cache \
   --env=SFTLAUNCH_RUN_DIRECTORY=/runs/docker-two-hosts \
   --workdir=/runs/docker-two-hosts \
   --entrypoint=python \
@@ -63,6 +72,15 @@ docker \
   --mount=type=bind,source=/runs/docker-two-hosts,target=/runs/docker-two-hosts \
   --mount=type=bind,source=/models/llama,target=/models/llama,readonly \
   --mount=type=bind,source=/data/train.jsonl,target=/data/train.jsonl,readonly \
+  --env=COMET_API_KEY \
+  --env=HF_ENDPOINT \
+  --env=HF_HUB_OFFLINE \
+  --env=HF_TOKEN \
+  --env=MLFLOW_TRACKING_URI \
+  --env=WANDB_API_KEY \
+  --env=WANDB_MODE \
+  --env=WANDB_PROJECT \
+  --env=HF_HOME=/runs/docker-two-hosts/cache \
   --env=SFTLAUNCH_RUN_DIRECTORY=/runs/docker-two-hosts \
   --workdir=/runs/docker-two-hosts \
   --entrypoint=python \
