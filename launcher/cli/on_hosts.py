@@ -41,13 +41,25 @@ def on_hosts(spec: Spec, run_directory: str, nodes: int, caller: Caller) -> Call
     places = places_of(spec, run_directory, nodes)
     if not docker.hosts:
         return Nodes(tuple(dataclasses.replace(caller, place=place) for place in places))
-    addresses = docker.addresses or [address_of(url) or own_address("") for url in docker.hosts]
+    addresses = docker.addresses or _addresses(docker.hosts)
     return Nodes(
         tuple(
             _on_host(caller, place, url, addresses, run_directory)
             for place, url in zip(places, docker.hosts, strict=True)
         )
     )
+
+
+def _addresses(hosts: list[str]) -> list[str]:
+    """By which the nodes reach each other: the hosts' names in their URLs.
+
+    Several daemons of this machine have one of its own each: torch tells nodes apart by address
+    and process number (torch 2.13, _NodeDesc), and in containers those are all small.
+    """
+    found = [address_of(url) for url in hosts]
+    if not any(found):
+        return [f"127.0.0.{rank + 1}" for rank in range(len(hosts))]
+    return [address or own_address("") for address in found]
 
 
 def _on_host(

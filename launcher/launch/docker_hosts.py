@@ -97,9 +97,13 @@ def _naming(daemon: str | None, fixes: dict[str, str] | None = None) -> Iterator
 
 
 def _identity(caller: Caller) -> str:
-    """What tells one daemon from another; a copied machine image has the first, not both."""
+    """What tells one daemon from another.
+
+    Copies of a machine may have one id, and so have two daemons of one machine (Docker 20.10).
+    """
     daemon = caller.place.daemon
-    done = docker.ask([*client(daemon), "info", "--format", "{{.ID}} {{.Name}}"])
+    form = "{{.ID}} {{.Name}} {{.DockerRootDir}}"
+    done = docker.ask([*client(daemon), "info", f"--format={form}"])
     with _naming(daemon):
         if done.returncode:
             raise docker.refused(done.stderr)
