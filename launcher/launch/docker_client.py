@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from launcher.errors import EnvironmentNotReady
 
 HOST_OPTION = "--host="
+HELP = ("See 'docker", "Run 'docker")
+# Where Docker repeats what ssh said, after much about itself.
+SSH_SAID = "stderr="
 
 
 def answer(argv: Sequence[str], limit_seconds: float) -> subprocess.CompletedProcess[str]:
@@ -56,12 +59,15 @@ def no_daemon(argv: Sequence[str], why: str) -> EnvironmentNotReady:
         where = daemon
         fix = f"this must work without a password: docker --host {daemon} version"
     return EnvironmentNotReady(
-        "docker_down", f"the Docker daemon of {where} does not answer", why=why, fix=fix
+        "docker_down",
+        f"the Docker daemon of {where} does not answer",
+        why=why.rpartition(SSH_SAID)[2],
+        fix=fix,
     )
 
 
 def last_line(text: str) -> str:
     """What an output says at its end, without Docker's pointer to its help."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    useful = [line for line in lines if not line.startswith("See 'docker")]
+    useful = [line for line in lines if not line.startswith(HELP)]
     return " ".join((useful or lines or ["no output"])[-1].split())

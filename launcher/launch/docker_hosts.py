@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.launch import docker
 from launcher.launch.container_user import make_ready
-from launcher.launch.docker_client import end, last_line
+from launcher.launch.docker_client import end, last_line, no_daemon
 from launcher.launch.local import StopSignals, outcome
 from launcher.plan.types import Plan
 from launcher.render.docker import Caller, container_name, stop_seconds
@@ -104,10 +104,10 @@ def _identity(caller: Caller) -> str:
     daemon = caller.place.daemon
     form = "{{.ID}} {{.Name}} {{.DockerRootDir}}"
     done = docker.ask([*client(daemon), "info", f"--format={form}"])
-    with _naming(daemon):
-        if done.returncode:
-            raise docker.refused(done.stderr)
-    return done.stdout.strip()
+    identity = done.stdout.strip()
+    if done.returncode or not identity:
+        raise no_daemon(done.args, last_line(done.stderr))
+    return identity
 
 
 def _refuse_same(callers: Sequence[Caller], identities: Sequence[str]) -> None:
