@@ -25,7 +25,7 @@ from launcher.launch.container_user import (
     other_groups,
     refuse_unreadable,
 )
-from launcher.launch.docker_client import answer, last_line, no_daemon
+from launcher.launch.docker_client import NOT_CONNECTED, answer, last_line, no_daemon
 from launcher.launch.local import StopSignals, outcome, python_path
 from launcher.plan.types import Plan, plan_from_json
 from launcher.render.docker import (
@@ -143,8 +143,8 @@ def ask(
             "this user may not talk to the Docker daemon",
             fix="have an administrator add you to the group docker, or use rootless Docker",
         )
-    if done.returncode and ("cannot connect" in text or "error during connect" in text):
-        raise no_daemon(argv, last_line(done.stderr))
+    if done.returncode and NOT_CONNECTED.search(text):
+        raise no_daemon(argv, done.stderr)
     return done
 
 

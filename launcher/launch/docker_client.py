@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from launcher.errors import EnvironmentNotReady
 
 HOST_OPTION = "--host="
 HELP = ("See 'docker", "Run 'docker")
+NOT_CONNECTED = re.compile(r"cannot connect|error during connect", re.IGNORECASE)
 # Where Docker repeats what ssh said, after much about itself.
 SSH_SAID = "stderr="
 
@@ -49,8 +51,15 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def no_daemon(argv: Sequence[str], why: str) -> EnvironmentNotReady:
-    """No daemon answers, and how to find out why."""
+def no_daemon(argv: Sequence[str], said: str) -> EnvironmentNotReady:
+    """No daemon answers, and how to find out why.
+
+    Args:
+        argv: of the client.
+        said: all that it said.
+    """
+    lines = [line for line in said.splitlines() if NOT_CONNECTED.search(line)]
+    why = last_line(lines[0] if lines else said)
     daemon = argv[1].removeprefix(HOST_OPTION) if argv[1].startswith(HOST_OPTION) else None
     if daemon is None:
         where = os.environ.get("DOCKER_HOST", "this machine")

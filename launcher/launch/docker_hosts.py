@@ -102,12 +102,15 @@ def _identity(caller: Caller) -> str:
     Copies of a machine may have one id, and so have two daemons of one machine (Docker 20.10).
     """
     daemon = caller.place.daemon
-    form = "{{.ID}} {{.Name}} {{.DockerRootDir}}"
-    done = docker.ask([*client(daemon), "info", f"--format={form}"])
-    identity = done.stdout.strip()
-    if done.returncode or not identity:
-        raise no_daemon(done.args, last_line(done.stderr))
-    return identity
+    # `info` says of a daemon that is not there nothing but that it has no fields.
+    for argv in (
+        ("version", "--format={{.Server.Version}}"),
+        ("info", "--format={{.ID}} {{.Name}} {{.DockerRootDir}}"),
+    ):
+        done = docker.ask([*client(daemon), *argv])
+        if done.returncode or not done.stdout.strip():
+            raise no_daemon(done.args, done.stderr)
+    return done.stdout.strip()
 
 
 def _refuse_same(callers: Sequence[Caller], identities: Sequence[str]) -> None:
@@ -225,8 +228,9 @@ def _not_seen(plan: Plan, run: RunDirectory, daemon: str | None) -> EnvironmentN
         fix = "use --output on a file system that this machine and all hosts mount at the same path"
     else:
         fix = (
-            "use --output on a file system that both mount at the same path; without one, start "
-            "docker-node-0.sh of sftlaunch plan --on docker --json on the host itself"
+            "mount the host's folder here under the same path (sshfs USER@HOST:/runs /runs) and "
+            "use --output there, or start docker-node-0.sh of sftlaunch plan --on docker --json "
+            "on the host itself"
         )
     why = "no file is sent to a host: the ranks read and write that very folder"
     return EnvironmentNotReady("not_shared", what, why=why, fix=fix)

@@ -12,7 +12,7 @@ FIRST_PORT, PORTS = 12_000, 20_000
 # Nodes that a person or a cloud starts come up minutes apart; those that this launcher
 # starts itself, seconds.
 WAIT_SECONDS = 1800
-STARTED_WAIT_SECONDS = 120
+STARTED_WAIT_SECONDS = 180
 
 
 @dataclass(frozen=True)

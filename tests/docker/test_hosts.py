@@ -184,6 +184,20 @@ def test_a_node_that_is_killed_ends_the_others(on_hosts: OnHosts, hosts: Hosts) 
     assert one.status["state"] == "failed"
 
 
+def test_nodes_that_docker_starts_again_find_each_other(
+    on_hosts: OnHosts, hosts: Hosts, uninterrupted: dict[int, float]
+) -> None:
+    one = on_hosts("--set=docker.restarts=5", "--set=checkpoints.every_steps=2")
+    one.until("a checkpoint", lambda: one.saved >= 4)
+    # Not by `docker kill`, after which a restart policy does not act.
+    os.kill(int(hosts.second.docker("inspect", "--format={{.State.Pid}}", one.name)), 9)
+    code, words = one.wait()
+    assert (code, hosts.containers) == (0, ""), words
+    assert one.status["attempt"] >= 2
+    assert one.status["resumed_from"].startswith("checkpoint-")
+    same_curve(one.losses, uninterrupted)
+
+
 @pytest.fixture
 def network(engine: Engine) -> Iterator[str]:
     """A network on which containers know each other by name."""
@@ -228,6 +242,37 @@ def test_two_containers_on_a_network(
         engine.docker("rm", "--force", *names)
     one = Contained(run, engine)
     assert codes == ["0", "0"], said + one.told()
+    assert one.status["state"] == "completed"
+    same_curve(one.losses, uninterrupted)
+
+
+def test_scripts_that_were_carried_to_the_nodes(
+    hosts: Hosts, tmp_path: Path, uninterrupted: dict[int, float]
+) -> None:
+    """No launcher attends them: each node's script has all that it needs."""
+    run = RunDirectory(tmp_path / "run")
+    addresses = "--set=docker.addresses=[127.0.0.1, 127.0.0.2]"
+    asked = (*recipe(STEPS), *TWO_NODES, "--on=docker", f"--output={run.path}", addresses)
+    planned = sft("plan", "--json", *asked)
+    assert planned.returncode == 0, planned.stderr
+    files = json.loads(planned.stdout)["files"]
+    one = Contained(run, hosts.first)
+    try:
+        for rank, engine in enumerate(hosts.both):
+            done = subprocess.run(
+                ["bash", "-s"],
+                input=files[f"docker-node-{rank}.sh"],
+                env={**os.environ, **engine.environment},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+        codes = [engine.docker("wait", one.name) for engine in hosts.both]
+    finally:
+        for engine in hosts.both:
+            engine.docker("rm", "--force", one.name)
+    assert codes == ["0", "0"], one.told()
     assert one.status["state"] == "completed"
     same_curve(one.losses, uninterrupted)
 
