@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from launcher.errors import SpecError
-from launcher.launch.container_user import OWN_CACHE
-from launcher.launch.node import own_address
 from launcher.render.docker import Cache, Caller
 from launcher.render.docker_nodes import Nodes, places_of
 from launcher.render.docker_place import STARTED_WAIT_SECONDS, Place, address_of, endpoint
@@ -56,6 +54,8 @@ def _addresses(hosts: list[str]) -> list[str]:
     Several daemons of this machine have one of its own each: torch tells nodes apart by address
     and process number (torch 2.13, _NodeDesc), and in containers those are all small.
     """
+    from launcher.launch.node import own_address
+
     found = [address_of(url) for url in hosts]
     if not any(found):
         return [f"127.0.0.{rank + 1}" for rank in range(len(hosts))]
@@ -75,6 +75,8 @@ def _on_host(
     )
     # Ranks tell their neighbours by the host's name: two containers must differ in it.
     name = address_of(url) or f"{caller.host}-{place.rank}"
+    from launcher.launch.container_user import OWN_CACHE
+
     # The run directory is what all of them share.
     cache = Cache(f"{run_directory}/{OWN_CACHE}", "HF_HOME")
     return dataclasses.replace(

@@ -184,6 +184,7 @@ def test_a_node_that_is_killed_ends_the_others(on_hosts: OnHosts, hosts: Hosts) 
     assert one.status["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_nodes_that_docker_starts_again_find_each_other(
     on_hosts: OnHosts, hosts: Hosts, uninterrupted: dict[int, float]
 ) -> None:

@@ -45,7 +45,7 @@ docker \
   --rank=0 \
   --address=10.0.0.4 \
   --endpoint=10.0.0.4:25944 \
-  --wait=120 \
+  --wait=180 \
   /runs/docker-two-hosts
 
 # Node 1. Follow: docker --host=ssh://me@gpu-b:2222 logs -f sftlaunch-docker-two-hosts-112a9a77
@@ -91,5 +91,5 @@ docker \
   --rank=1 \
   --address=10.0.0.5 \
   --endpoint=10.0.0.4:25944 \
-  --wait=120 \
+  --wait=180 \
   /runs/docker-two-hosts
