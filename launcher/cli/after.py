@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from launcher.cli.on_slurm import which_run
+from launcher.cli.which import which_run
 from launcher.errors import ExitCode, SpecError
 
 

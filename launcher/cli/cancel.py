@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 
 import click
 
 from launcher.cli.on_docker import cancel_container, has_container
-from launcher.cli.on_slurm import has_job, settle, which_run
-from launcher.cli.sweep_state import cancel_sweep, which_sweep
+from launcher.cli.on_slurm import has_job, settle
+from launcher.cli.stopping import POLL_SECONDS, patience
+from launcher.cli.sweep.cancel import cancel_sweep
+from launcher.cli.which import which_run, which_sweep
 from launcher.errors import ExitCode, SpecError
 from launcher.launch.presence import refuse_elsewhere
 from launcher.launch.processes import ask_to_stop, end_all, members
 from launcher.runs.checkpoints import newest_whole
 from launcher.runs.directory import RunDirectory
-
-POLL_SECONDS = 0.2
-# Beyond the ranks' own patience: the launcher writes down how it ended.
-MARGIN_SECONDS = 30
 
 
 @click.command()
@@ -81,12 +78,6 @@ def _wait(run: RunDirectory, goes_on: Callable[[], bool]) -> None:
     deadline = time.monotonic() + patience(run)
     while goes_on() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-
-
-def patience(run: RunDirectory) -> float:
-    """Seconds within which a run that is asked to stop has saved and ended."""
-    limits = json.loads(run.plan.read_text(encoding="utf-8"))["worker"]["limits"]
-    return float(limits["shutdown_timeout_seconds"]) + MARGIN_SECONDS
 
 
 def _say(run: RunDirectory) -> ExitCode:

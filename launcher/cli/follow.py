@@ -27,46 +27,69 @@ LIVE_INTERVAL_SECONDS = 0.25
 Ended = tuple[ExitCode, Failure | None]
 
 
+class StatusLine:
+    """What goes on, on standard error: redrawn on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self.started = time.monotonic()
+        self.shown = ""
+        self.next_time = 0.0
+
+    def show(self, text: str) -> None:
+        """Show it; as a plain line only what is new, now and then."""
+        now = time.monotonic()
+        line = self._since_start(text)
+        if self.live:
+            width = shutil.get_terminal_size((100, 24)).columns - 1
+            click.echo(f"\r{line[:width]:<{width}}", nl=False, err=True)
+        elif text != self.shown and now >= self.next_time:
+            click.echo(line, err=True)
+            self.next_time = now + PLAIN_INTERVAL_SECONDS
+            self.shown = text
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        start = "\r" if self.live else ""
+        click.echo(f"{start}{self._since_start(text)}", err=True)
+
+    def close(self) -> None:
+        """Leave the live line."""
+        if self.live:
+            click.echo("", err=True)
+
+    def _since_start(self, text: str) -> str:
+        return f"{duration(time.monotonic() - self.started):>6}  {text}"
+
+
 class Progress:
     """Shows a run's state on standard error."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
-        self.live = sys.stderr.isatty()
-        self.started = time.monotonic()
-        self.shown = ""
+        self.line = StatusLine()
         self.notes_shown = 0
         self.next_time = 0.0
 
     def poll(self) -> None:
         """Show what is new, now and then; a change of stage at once."""
         now = time.monotonic()
-        if now < self.next_time:
+        if now < max(self.next_time, self.line.next_time):
             return
         self.next_time = now + LIVE_INTERVAL_SECONDS
         status = self.run.read_status()
         self._show_notes(status.get("notes") or [])
-        text = progress_text(status, self.run.read_metrics())
-        if self.live:
-            width = shutil.get_terminal_size((100, 24)).columns - 1
-            line = f"{duration(now - self.started):>6}  {text}"[:width]
-            click.echo(f"\r{line:<{width}}", nl=False, err=True)
-        elif text != self.shown:
-            click.echo(f"{duration(now - self.started):>6}  {text}", err=True)
-            self.next_time = now + PLAIN_INTERVAL_SECONDS
-        self.shown = text
+        self.line.show(progress_text(status, self.run.read_metrics()))
 
     def _show_notes(self, notes: list[str]) -> None:
         """What the ranks have said: where they go on, which checkpoints they skipped."""
         for note in notes[self.notes_shown :]:
-            start = "\r" if self.live else ""
-            click.echo(f"{start}{duration(time.monotonic() - self.started):>6}  {note}", err=True)
+            self.line.note(note)
         self.notes_shown = max(self.notes_shown, len(notes))
 
     def close(self) -> None:
         """Leave the live line."""
-        if self.live:
-            click.echo("", err=True)
+        self.line.close()
 
 
 def follow_here(

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from launcher.cli.on_slurm import has_job, which_run
+from launcher.cli.on_slurm import has_job
+from launcher.cli.which import which_run
 from launcher.errors import ExitCode, SpecError
-from launcher.runs.directory import RunDirectory
+from launcher.runs.directory import NOT_OVER, RunDirectory
 
 FOLLOW_SECONDS = 0.5
 # The controller is asked about a queue that may be long; others ask it, too.
 ASK_SECONDS = 5.0
-RUNNING = ("planned", "queued", "running")
 
 
 @click.command()
@@ -109,7 +109,7 @@ class Alive:
     def __call__(self) -> bool:
         """Look; the controller is asked now and then only."""
         record = self.run.read_status()
-        if record.get("state") in RUNNING:
+        if record.get("state") in NOT_OVER:
             return True
         if not has_job(record) or record.get("state") == "completed":
             return False

@@ -8,20 +8,20 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from launcher.cli.options import Request
-from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
-from launcher.insight.find import find_run
+from launcher.errors import EnvironmentNotReady, ExitCode
 from launcher.plan.types import plan_from_json
 from launcher.render.secrets import hide
 from launcher.render.slurm import Origin
-from launcher.runs.directory import RunDirectory
+from launcher.runs.directory import ON_THE_WAY, RunDirectory
 from launcher.runs.prepared import up_to_date
 from launcher.spec.schema import SlurmSpec
 
@@ -32,7 +32,6 @@ POLL_SECONDS = 1.0
 # Looks at the record between two questions to the controller, which many others ask too.
 LOOKS_PER_QUESTION = 5
 EXIT_CODES = {"completed": ExitCode.DONE, "preempted": ExitCode.PREEMPTED}
-RUNNING = ("queued", "running")
 
 
 def origin() -> Origin:
@@ -63,55 +62,6 @@ def refuse_queued(run: RunDirectory) -> None:
             why="two attempts would overwrite each other",
             fix=f"wait for its end, or sftlaunch cancel {job.number}",
         )
-
-
-def which_run(name: str | None) -> RunDirectory:
-    """The run that a path, a name or a job number means, from any directory.
-
-    Raises:
-        SpecError: where there is none.
-    """
-    try:
-        return find_run(name)
-    except SpecError:
-        if name is None or shutil.which("squeue") is None:
-            raise
-        from launcher.launch.slurm_array import TASK, run_of_task
-
-        if TASK.fullmatch(name):
-            found = run_of_task(name)
-        else:
-            found = _run_of_job(int(name)) if name.isdecimal() else _run_of_name(name)
-        if found is None:
-            raise
-        return found
-
-
-def _run_of_job(number: int) -> RunDirectory | None:
-    """By a job's number, also one that only the accounting remembers."""
-    from launcher.launch.accounting import past_job
-    from launcher.launch.slurm import run_of_job
-
-    found = run_of_job(number)
-    past = past_job(number) if found is None else None
-    return _there(past.folder) if past is not None else found
-
-
-def _run_of_name(name: str) -> RunDirectory | None:
-    """By a run's name, which its jobs have, too."""
-    from launcher.launch.accounting import past_jobs_of_name
-    from launcher.launch.slurm import run_of_name
-
-    found = run_of_name(name)
-    if found is not None:
-        return found
-    past = (_there(job.folder) for job in reversed(past_jobs_of_name(name)))
-    return next((run for run in past if run is not None), None)
-
-
-def _there(folder: str) -> RunDirectory | None:
-    run = RunDirectory(Path(folder))
-    return run if run.exists() else None
 
 
 def queue_and_follow(
@@ -147,18 +97,24 @@ def queue_and_follow(
         if request.json:
             click.echo(json.dumps(run.read_status()))
         return ExitCode.DONE
-    try:
-        follow_job(run)
-    except KeyboardInterrupt:
-        click.echo(f"\njob {jobs[0]} goes on; sftlaunch cancel {jobs[0]} stops it", err=True)
+    if not followed("job", jobs[0], partial(follow_job, run)):
         return ExitCode.DONE
     return _say_end(run, output, request.json)
 
 
+def followed(what: str, number: int, follow: Callable[[], None]) -> bool:
+    """Follow what is queued, to its end unless the user has seen enough: it goes on without us."""
+    try:
+        follow()
+    except KeyboardInterrupt:
+        click.echo(f"\n{what} {number} goes on; sftlaunch cancel {number} stops it", err=True)
+        return False
+    return True
+
+
 def warn_unasked(slurm: SlurmSpec, output: str) -> None:
     """Say where no job has asked the nodes yet whether they see the folder, or one said no."""
-    from launcher.cli.doctor import existing_folder
-    from launcher.launch.check_job import place, remembered
+    from launcher.launch.check_job import existing_folder, place, remembered
 
     folder = existing_folder(output)
     try:
@@ -184,7 +140,7 @@ def follow_job(run: RunDirectory) -> None:
     while True:
         progress.poll()
         looks += 1
-        if looks % LOOKS_PER_QUESTION == 0 or run.read_status().get("state") not in RUNNING:
+        if looks % LOOKS_PER_QUESTION == 0 or run.read_status().get("state") not in ON_THE_WAY:
             job = current_job(run)
             if job is None or not job.alive:
                 break
@@ -195,7 +151,7 @@ def follow_job(run: RunDirectory) -> None:
 
 def settle(run: RunDirectory) -> None:
     """The record of a run whose jobs are gone: what nobody wrote down is said as it is."""
-    if run.read_status().get("state") not in RUNNING:
+    if run.read_status().get("state") not in ON_THE_WAY:
         return
     if run.cancelled.exists():
         run.update_status(state="preempted", stage="cancelled")
@@ -266,7 +222,7 @@ def job_record(run: RunDirectory) -> dict[str, Any]:
     if job is not None and job.alive:
         return {"job": asdict(job)}
     # Its record says that it runs, and the queue does not: nobody could write down why.
-    return {"job": _lost(record)} if record.get("state") in RUNNING else {}
+    return {"job": _lost(record)} if record.get("state") in ON_THE_WAY else {}
 
 
 def _lost(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,21 @@ BUILT_IN_RECIPE = "tiny"
 DEFAULT_SPEC = "sft.yaml"
 
 
+class OneOf(click.Choice[str]):
+    """One of some words; a misspelt one is told the nearest."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Check the value."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = difflib.get_close_matches(str(value), self.choices, n=1)
+            if not near:
+                raise
+            said = error.message.rstrip(".")
+            self.fail(f"{said}; did you mean {near[0]}?", param, ctx)
+
+
 class MicroBatch(click.ParamType[Any]):
     """A positive integer, or `auto`."""
 
@@ -47,20 +62,20 @@ OPTIONS: tuple[tuple[str, str, Any, str | None, str], ...] = (
     (
         "--strategy",
         "strategy",
-        click.Choice(get_args(Strategy)),
+        OneOf(get_args(Strategy)),
         None,
         "How the run is distributed.",
     ),
     (
         "--offload",
         "offload",
-        click.Choice(get_args(Offload)),
+        OneOf(get_args(Offload)),
         None,
         "What waits in host memory.",
     ),
     ("--model", "model", str, "PATH", "Base model: a folder or a Hub name."),
     ("--dataset", "dataset", str, "PATH", "Training rows: a file, a folder or a Hub name."),
-    ("--method", "method", click.Choice(get_args(Method)), None, "What is trained."),
+    ("--method", "method", OneOf(get_args(Method)), None, "What is trained."),
     (
         "--global-batch-size",
         "batch.global_batch_size",
@@ -100,7 +115,7 @@ OPTIONS: tuple[tuple[str, str, Any, str | None, str], ...] = (
     (
         "--device",
         "hardware.device",
-        click.Choice(get_args(Device)),
+        OneOf(get_args(Device)),
         None,
         "cuda, or cpu to rehearse.",
     ),
@@ -155,7 +170,7 @@ def plan_options(command: Command) -> Command:
         click.option(
             "--on",
             "target",
-            type=click.Choice(get_args(Target)),
+            type=OneOf(get_args(Target)),
             default="local",
             show_default=True,
             help="Where it runs.",

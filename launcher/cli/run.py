@@ -35,8 +35,11 @@ from launcher.cli.on_docker import (
     run_and_follow,
 )
 from launcher.cli.on_hosts import with_nodes_of_hosts
-from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued, which_run
+from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued
 from launcher.cli.options import Request, load_request, make_request, plan_options
+from launcher.cli.refusals import no_rows, unwritable
+from launcher.cli.show import show_lines
+from launcher.cli.which import which_run
 from launcher.errors import ExitCode, SpecError
 from launcher.facts.probe import Facts, probe
 from launcher.insight.find import find_sweep
@@ -81,7 +84,7 @@ def plan(**arguments: Any) -> int:
     """
     request = make_request(arguments)
     if request.sweep:
-        from launcher.cli.sweep import plan_sweep
+        from launcher.cli.sweep.start import plan_sweep
 
         return plan_sweep(request)
     decided = decide(request)
@@ -99,7 +102,7 @@ def run(dry_run: bool, **arguments: Any) -> int:
     """
     request = make_request(arguments)
     if request.sweep:
-        from launcher.cli.sweep import start_sweep
+        from launcher.cli.sweep.start import start_sweep
 
         return start_sweep(request, dry_run=dry_run)
     return start(request, dry_run)
@@ -117,7 +120,7 @@ def resume(dry_run: bool, **arguments: Any) -> int:
     """
     sweep = find_sweep(arguments["spec_path"])
     if sweep is not None:
-        from launcher.cli.sweep import resume_sweep
+        from launcher.cli.sweep.start import resume_sweep
 
         return resume_sweep(sweep, make_request(arguments), dry_run=dry_run)
     found = which_run(arguments["spec_path"])
@@ -184,9 +187,7 @@ def _check_ready(decided: Decided, run: RunDirectory) -> Decided:
         Refusal: no rows, no GPUs, no packages, no cluster, no space.
     """
     if decided.planned.spec.dataset is None:
-        raise SpecError(
-            "missing_key", "dataset is not set", why="a run needs rows", fix="pass --dataset FILE"
-        )
+        raise no_rows()
     from launcher.launch.local import check_environment, check_space
 
     if decided.slurm is not None:
@@ -291,11 +292,6 @@ def show(
     if request.json and not to_stderr:
         click.echo(json.dumps(decided.plan.as_json(), indent=1))
         return
-    if decided.recipe:
-        click.echo(
-            f"No spec was given and there is no ./sft.yaml: the built-in recipe {decided.recipe}.",
-            err=to_stderr,
-        )
     model, data = decided.facts.model, decided.facts.dataset
     lines = plan_lines(
         decided.plan,
@@ -305,9 +301,7 @@ def show(
         output=decided.output,
         width=shutil.get_terminal_size((100, 24)).columns,
     )
-    for line in lines:
-        styled = click.style(line, fg="yellow") if line.startswith("warning") else line
-        click.echo(styled, err=to_stderr)
+    show_lines(decided.recipe, lines, to_stderr=to_stderr)
     for name in (SCRIPT, first_script(decided.plan.files)) if script else ():
         if name in decided.plan.files:
             click.echo(f"\n{decided.plan.files[name]}", nl=False)
@@ -328,11 +322,7 @@ def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool
         attempt = int(run_directory.read_status().get("attempt") or 0)
         run_directory.update_status(state="planned", attempt=attempt, error=None, notes=[])
     except OSError as error:
-        raise SpecError(
-            "output_unwritable",
-            f"{decided.output} cannot be written: {error.strerror}",
-            fix="use --output with a folder that you may write",
-        ) from None
+        raise unwritable(decided.output, error) from None
 
 
 def _refuse_taken(run_directory: RunDirectory, output: str) -> None:

@@ -11,23 +11,16 @@ from typing import Any
 
 import click
 
-from launcher.cli.on_slurm import job_record, job_text, which_run
-from launcher.cli.sweep_state import (
-    any_on_the_way,
-    as_record,
-    state_lines,
-    states_of,
-    summary,
-    which_sweep,
-)
+from launcher.cli.on_slurm import job_record, job_text
+from launcher.cli.sweep.state import any_on_the_way, as_record, state_lines, states_of, summary
+from launcher.cli.which import which_run, which_sweep
 from launcher.errors import ExitCode
 from launcher.insight.find import known_runs, known_sweeps
 from launcher.render.text import progress_text
-from launcher.runs.directory import RunDirectory
+from launcher.runs.directory import NOT_OVER, RunDirectory
 
 # The controller is asked each time, and many ask it.
 WATCH_SECONDS = 2.0
-RUNNING = ("planned", "queued", "running")
 
 
 @click.command()
@@ -102,7 +95,7 @@ def _goes_on(record: dict[str, Any]) -> bool:
     # One that was preempted and queued again has a job.
     job = record.get("job") or {}
     lost = job.get("over", False)
-    return not lost and (record.get("state") in RUNNING or bool(job))
+    return not lost and (record.get("state") in NOT_OVER or bool(job))
 
 
 class Screen:

@@ -7,6 +7,7 @@ against transformers' own models on the meta device (tests/facts/test_model.py).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 Config = dict[str, Any]
@@ -219,14 +220,9 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 _DEFAULT_MLP_RATIO = 4
 
 
-class Shape(NamedTuple):
-    """What a configuration says about a model, in numbers."""
-
-    known: bool
-    """Whether the family is in the table; if not, the counts are those of a Llama."""
-
-    layer_class: str | None
-    """Class of a decoder layer; None for an unknown family."""
+@dataclass(frozen=True, kw_only=True)
+class Dimensions:
+    """Depth and widths of a decoder model."""
 
     layers: int
     """Decoder layers."""
@@ -248,6 +244,21 @@ class Shape(NamedTuple):
 
     vocab_size: int
     """Rows of the embedding."""
+
+    def dimensions(self) -> dict[str, Any]:
+        """Name: value, without what a subclass adds."""
+        return {field.name: getattr(self, field.name) for field in fields(Dimensions)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(Dimensions):
+    """What a configuration says about a model, in numbers."""
+
+    known: bool
+    """Whether the family is in the table; if not, the counts are those of a Llama."""
+
+    layer_class: str | None
+    """Class of a decoder layer; None for an unknown family."""
 
     max_position_embeddings: int | None
     """Longest sequence that the configuration promises; None where it says nothing."""

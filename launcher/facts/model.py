@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import SpecError
-from launcher.facts.families import Config, Shape, missing_keys, read_shape
+from launcher.facts.families import Config, Dimensions, Shape, missing_keys, read_shape
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,7 +32,7 @@ _LARGEST_HEADER_BYTES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts:
+class ModelFacts(Dimensions):
     """What the files of one model say about it."""
 
     path: str
@@ -43,27 +43,6 @@ class ModelFacts:
 
     model_type: str
     """`model_type` of config.json, of its text part where the model has more parts."""
-
-    layers: int
-    """Decoder layers."""
-
-    hidden_size: int
-    """Width of the residual stream."""
-
-    intermediate_size: int
-    """Width of the MLP that one token passes."""
-
-    attention_heads: int
-    """Query heads."""
-
-    key_value_heads: int
-    """Key heads, equal to value heads."""
-
-    head_dim: int
-    """Width of one head."""
-
-    vocab_size: int
-    """Rows of the embedding."""
 
     max_position_embeddings: int | None
     """Longest sequence that config.json promises; None where it says nothing."""
@@ -212,13 +191,7 @@ def _read_folder(folder: Path, path: str) -> ModelFacts:
         path=path,
         architecture=str((config.get("architectures") or [""])[0]),
         model_type=str(inner.get("model_type", "")),
-        layers=shape.layers,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        attention_heads=shape.attention_heads,
-        key_value_heads=shape.key_value_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
+        **shape.dimensions(),
         max_position_embeddings=shape.max_position_embeddings,
         tie_word_embeddings=shape.tied,
         parameters=parameters,

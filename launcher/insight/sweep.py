@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from launcher.runs.directory import STATES, RunDirectory
+from launcher.runs.directory import ON_THE_WAY, STATES, RunDirectory
 from launcher.runs.sweep import SweepDirectory
 
 # Of metrics.jsonl, from its end: some twenty lines.
 TAIL_BYTES = 8192
-WAITING_FOR_SLURM = ("queued", "running")
 
 
 class LiveJob(Protocol):
@@ -100,7 +99,7 @@ def _state(
         eval_loss=last.get("eval_loss"),
         error=str(error.get("message")) if isinstance(error, dict) else None,
         job=job,
-        lost=gone and state in WAITING_FOR_SLURM,
+        lost=gone and state in ON_THE_WAY,
     )
 
 

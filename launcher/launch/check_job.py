@@ -41,6 +41,12 @@ class Answers:
     state: str
 
 
+def existing_folder(output: str) -> Path:
+    """The folder that an output lies in, or will be made in."""
+    path = Path(os.path.abspath(output))  # noqa: PTH100 - keeps links
+    return next(folder for folder in (path.parent, *path.parents) if folder.is_dir())
+
+
 @contextmanager
 def check_folder(beside: Path) -> Iterator[tuple[Path, str]]:
     """A folder where the runs will lie, and a word in it that only this folder holds."""

@@ -128,6 +128,12 @@ def hand_over(run_directory: Path, user: int, group: int) -> None:
             os.chown(path, user, group, follow_symlinks=False)
 
 
+def keep_owner(run_directory: Path) -> None:
+    """Give what root has written into a run's folder to the folder's owner."""
+    found = run_directory.stat()
+    hand_over(run_directory, found.st_uid, found.st_gid)
+
+
 def refuse_unreadable(paths: Iterable[str], user: int, groups: Iterable[int]) -> None:
     """Refuse a model and data that the container's user may not read.
 

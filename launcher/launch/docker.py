@@ -22,6 +22,7 @@ from launcher.launch.container_user import (
     caches,
     container_user,
     hub_names,
+    keep_owner,
     other_groups,
     refuse_unreadable,
 )
@@ -228,7 +229,9 @@ def attend(
             said = _keep_log(run)
             remove(run)
     on_poll()
-    return _ended(run, code, stopping.asked, said)
+    found = _ended(run, code, stopping.asked, said)
+    keep_owner(run.path)
+    return found
 
 
 def see_out(run: RunDirectory) -> None:
@@ -237,6 +240,7 @@ def see_out(run: RunDirectory) -> None:
     said = _keep_log(run)
     remove(run)
     _ended(run, code, False, said)
+    keep_owner(run.path)
 
 
 def leave(run: RunDirectory) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
 from launcher.launch import docker
-from launcher.launch.container_user import make_ready
+from launcher.launch.container_user import keep_owner, make_ready
 from launcher.launch.docker_client import end, last_line, no_daemon
 from launcher.launch.local import StopSignals, outcome
 from launcher.plan.types import Plan
@@ -451,7 +451,9 @@ def _judge(
         names = " and ".join(map(str, left))
         name = container_name(str(run.path))
         seen.append(f"{names} cannot be asked, a container may be left there: {name}")
-    return outcome(run, bad.code if bad else 0, stopped=stopped, seen="; ".join(seen))
+    found = outcome(run, bad.code if bad else 0, stopped=stopped, seen="; ".join(seen))
+    keep_owner(run.path)
+    return found
 
 
 class _Together:

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.errors import EnvironmentNotReady, ExitCode
 from launcher.launch.presence import Presence
-from launcher.launch.processes import MARK, end_all
+from launcher.launch.processes import BEFORE_TRAINING, MARK, ask_to_stop, end_all
 from launcher.plan.types import Plan
 from launcher.render.quote import shell_line
 from launcher.render.text import bytes_text
@@ -28,14 +28,6 @@ POLL_SECONDS = 0.1
 END_GRACE_SECONDS = 2.0
 # Signals that ask for a checkpoint and an end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# Stages in which an attempt has nothing yet that is not in a checkpoint.
-BEFORE_TRAINING = (
-    "starting",
-    "looking for a checkpoint",
-    "loading the model",
-    "preparing",
-    "loading the checkpoint",
-)
 
 
 def check_environment(plan: Plan, present_gpus: int) -> None:
@@ -238,7 +230,7 @@ def _watch(
         while (code := process.poll()) is None:
             if stop.asked and not forwarded:
                 forwarded = True
-                process.send_signal(signal.SIGTERM)
+                ask_to_stop(str(run.path), process.pid)
                 # Where the agent gives up before its ranks have saved, they are waited for.
                 grace = patience
             on_poll()

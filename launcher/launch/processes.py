@@ -12,8 +12,18 @@ import signal
 import time
 from pathlib import Path
 
+from launcher.runs.directory import RunDirectory
+
 MARK = "SFTLAUNCH_RUN"
 POLL_SECONDS = 0.05
+# Stages in which an attempt has nothing yet that is not in a checkpoint.
+BEFORE_TRAINING = (
+    "starting",
+    "looking for a checkpoint",
+    "loading the model",
+    "preparing",
+    "loading the checkpoint",
+)
 
 
 def members(run_directory: str) -> list[int]:
@@ -30,14 +40,34 @@ def members(run_directory: str) -> list[int]:
     return found
 
 
-def ask_to_stop(run_directory: str) -> None:
-    """Ask every process of a run to save and stop; it takes the time that it takes."""
-    _signal(members(run_directory), signal.SIGTERM)
+def ask_to_stop(run_directory: str, agent: int | None = None) -> None:
+    """Ask a run to save and stop; it takes the time that it takes.
+
+    Args:
+        run_directory: of the run.
+        agent: the process that passes a stop on to ranks; without it, all of them are asked.
+    """
+    others = members(run_directory) if agent is None else [agent]
+    _signal(training_ranks(run_directory) or others, signal.SIGTERM)
+
+
+def training_ranks(run_directory: str) -> list[int]:
+    """Ranks under torchrun that have something to save; none for ranks that were forked.
+
+    They are asked themselves: torchrun would end them after its shutdown timeout, or at its
+    third signal, whether they have saved or not. Once they have left, it ends by itself.
+    Before they train it must hear of a stop, or it would start them again.
+    """
+    if RunDirectory(Path(run_directory)).read_status().get("stage") in BEFORE_TRAINING:
+        return []
+    ranks = {pid for pid in members(run_directory) if _has_rank(pid)}
+    # Data-loader workers are children of a rank.
+    return [pid for pid in ranks if _parent(pid) not in ranks]
 
 
 def end_all(run_directory: str, grace_seconds: float) -> None:
     """Ask every process of a run to stop, and end those that have not within the grace."""
-    ask_to_stop(run_directory)
+    _signal(members(run_directory), signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
     while members(run_directory) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
@@ -48,3 +78,18 @@ def _signal(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _has_rank(pid: int) -> bool:
+    try:
+        return b"\0RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
+def _parent(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[1])

@@ -32,7 +32,7 @@ from launcher.launch.requeue import (
     tell_end,
 )
 from launcher.plan.types import plan_from_json
-from launcher.render.slurm import may_requeue
+from launcher.render.sbatch import may_requeue
 from launcher.runs.checkpoints import newest_whole
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import find_failure

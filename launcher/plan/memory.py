@@ -79,13 +79,7 @@ class MemoryEstimate:
 def memory_inputs(model: ModelFacts, **settings: Any) -> MemoryInputs:
     """The inputs for a probed model; `settings` are the other fields of `MemoryInputs`."""
     return MemoryInputs(
-        layers=model.layers,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        attention_heads=model.attention_heads,
-        key_value_heads=model.key_value_heads,
-        head_dim=model.head_dim,
-        vocab_size=model.vocab_size,
+        **model.dimensions(),
         parameters=model.parameters,
         tie_word_embeddings=model.tie_word_embeddings,
         linear_shapes=model.linear_shapes,

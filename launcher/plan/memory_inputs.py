@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.facts.families import Dimensions
+
 Method = Literal["full", "lora", "qlora", "8bit-lora"]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp1", "hsdp"]
 LossPath = Literal["fused", "chunked", "full_logits"]
@@ -15,29 +17,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryInputs:
+class MemoryInputs(Dimensions):
     """Everything that the estimate depends on, in plain numbers and names."""
-
-    layers: int
-    """Decoder layers."""
-
-    hidden_size: int
-    """Width of the residual stream."""
-
-    intermediate_size: int
-    """Width of the MLP that one token passes."""
-
-    attention_heads: int
-    """Query heads."""
-
-    key_value_heads: int
-    """Key heads, equal to value heads."""
-
-    head_dim: int
-    """Width of one head."""
-
-    vocab_size: int
-    """Rows of the embedding."""
 
     parameters: int
     """All parameters of the model without adapters; a tied head counted once."""

@@ -12,15 +12,9 @@ from collections.abc import Sequence
 from launcher.errors import SpecError
 from launcher.plan.make import Planned
 from launcher.plan.types import Plan
-from launcher.render.slurm import (
-    Origin,
-    directives,
-    fill,
-    script_values,
-    words,
-)
+from launcher.render.sbatch import directives
+from launcher.render.slurm import Origin, fill, ranks, script_values, words
 from launcher.render.slurm_container import container_argv, own_paths, refuse_unmountable
-from launcher.render.torchrun import rank_options
 from launcher.runs.sweep import compact
 from launcher.spec.schema import Spec
 
@@ -54,10 +48,6 @@ def array_script(runs: Sequence[Planned], sweep_directory: str, origin: Origin) 
     if slurm.container is not None:
         refuse_unmountable((sweep_directory,), slurm.container)
     array = array_range(range(len(runs)), slurm.array_throttle)
-    ranks = (
-        f"--nnodes={plan.topology.nodes}",
-        *rank_options(plan.topology, plan.worker.limits, _RUN),
-    )
     return fill(
         {
             **script_values(plan, spec, sweep_directory, origin),
@@ -65,7 +55,7 @@ def array_script(runs: Sequence[Planned], sweep_directory: str, origin: Origin) 
             "RUN": _choose_run(sweep_directory),
             "JOB": TASK,
             "CONTAINER": words(container_argv(plan, spec, _RUN), _quote),
-            "RANKS": words(ranks, _quote),
+            "RANKS": words(ranks(plan, _RUN), _quote),
         }
     )
 

@@ -36,15 +36,18 @@ def torchrun_argv(
 
 
 def rank_options(
-    topology: Topology, limits: Mapping[str, Any], run_directory: str
+    topology: Topology, limits: Mapping[str, Any], run_directory: str, signals: str | None = None
 ) -> tuple[str, ...]:
-    """Torchrun's arguments on one node, without the rendezvous; see `torchrun_argv`."""
+    """Torchrun's arguments on one node, without the rendezvous; see `torchrun_argv`.
+
+    `signals`: what torchrun listens to, where it is not what the limits say.
+    """
     restarts = limits["max_restarts"]
     return (
         f"--nproc-per-node={topology.gpus_per_node}",
         *([f"--max-restarts={restarts}"] if restarts else []),
         f"--shutdown-timeout={limits['shutdown_timeout_seconds']}",
-        f"--signals-to-handle={limits['signals']}",
+        f"--signals-to-handle={signals or limits['signals']}",
         "-m",
         "launcher.train",
         run_directory,

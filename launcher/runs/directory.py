@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 STATES = ("planned", "queued", "running", "preempted", "failed", "completed")
+# Of a run that waits in Slurm, or that somebody runs.
+ON_THE_WAY = ("queued", "running")
+NOT_OVER = ("planned", *ON_THE_WAY)
 
 
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
@@ -54,6 +57,20 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 # A line that a kill cut off may have been followed by another.
                 with contextlib.suppress(ValueError):
                     yield json.loads(line)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Name: content of all files at the top of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def restore_files(folder: Path, before: Mapping[str, bytes]) -> None:
+    """Make the files at the top of a folder those that `read_files` found."""
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        if path.name not in before:
+            path.unlink()
+    for name, content in before.items():
+        (folder / name).write_bytes(content)
 
 
 @dataclass(frozen=True)
@@ -165,18 +182,14 @@ class RunDirectory:
         """The files at the top of the folder, for `restore`; None where there is no run yet."""
         if not self.exists():
             return None
-        return {path.name: path.read_bytes() for path in self.path.iterdir() if path.is_file()}
+        return read_files(self.path)
 
     def restore(self, before: Mapping[str, bytes] | None) -> None:
         """Undo `create`: what was not there goes, what was there is as it was."""
         if before is None:
             self._remove_all_but_prepared()
             return
-        for path in [path for path in self.path.iterdir() if path.is_file()]:
-            if path.name not in before:
-                path.unlink()
-        for name, content in before.items():
-            (self.path / name).write_bytes(content)
+        restore_files(self.path, before)
 
     def _remove_all_but_prepared(self) -> None:
         """Rows may have been prepared before there was a run."""

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launcher.runs.directory import RunDirectory, write_atomic
+from launcher.runs.directory import RunDirectory, read_files, restore_files, write_atomic
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,14 @@ class SweepDirectory:
         """The files beside the runs, for `restore`; None where there is no sweep yet."""
         if not self.exists():
             return None
-        return {path.name: path.read_bytes() for path in self.path.iterdir() if path.is_file()}
+        return read_files(self.path)
 
     def restore(self, before: Mapping[str, bytes] | None) -> None:
         """Undo what changed beside the runs; a sweep that is new goes with all its runs."""
         if before is None:
             shutil.rmtree(self.path, ignore_errors=True)
             return
-        for path in [path for path in self.path.iterdir() if path.is_file()]:
-            if path.name not in before:
-                path.unlink()
-        for name, content in before.items():
-            (self.path / name).write_bytes(content)
+        restore_files(self.path, before)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 from launcher.train.process import STARTED
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# SIGUSR2: what torchrun passes on in a Slurm job (slurm/job.sbatch).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 # torchrun forwards the terminal's own Ctrl-C within milliseconds; a person's second one
 # comes later.
 SAME_SIGNAL_SECONDS = 1.0

@@ -301,6 +301,7 @@ FLAGS = [
         "--micro-batch-size 0", 2, ("--micro-batch-size", "auto"), flags=("--micro-batch-size", "0")
     ),
     Mistake("--strategy horovod", 2, ("--strategy", "zero3"), flags=("--strategy", "horovod")),
+    Mistake("--strategy fdsp", 2, ("did you mean fsdp?",), flags=("--strategy", "fdsp")),
     Mistake("--method adalora", 2, ("--method", "qlora"), flags=("--method", "adalora")),
     Mistake(
         "--gpu h1000", 2, ("'h1000'", "did you mean h100-80gb", "known: "), flags=("--gpu", "h1000")

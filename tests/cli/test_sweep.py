@@ -62,7 +62,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Ends:
         run.update_status(state=end, step=2, error=error)
         return ExitCode.DONE, failure
 
-    monkeypatch.setattr("launcher.cli.sweep_local.launch", launch)
+    monkeypatch.setattr("launcher.cli.sweep.local.launch", launch)
     monkeypatch.setattr("launcher.launch.local.check_environment", lambda *_: None)
     return ends
 
@@ -309,11 +309,11 @@ def _batch(run: RunDirectory) -> int:
 
 
 def test_facts_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.cli import sweep
+    from launcher.cli.sweep import decide
 
     calls: list[Any] = []
-    real: Callable[..., Any] = sweep.probe
-    monkeypatch.setattr(sweep, "probe", lambda spec: calls.append(spec) or real(spec))
+    real: Callable[..., Any] = decide.probe
+    monkeypatch.setattr(decide, "probe", lambda spec: calls.append(spec) or real(spec))
     assert sftlaunch("plan", *SWEEP).code == 0
     assert len(calls) == 1
     write_rows(Path("other.jsonl"))
@@ -323,16 +323,17 @@ def test_facts_are_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_thousand_runs_are_planned_and_written_in_time(tmp_path: Path) -> None:
     """Everything up to the call of sbatch; the better of two, as machines have other work."""
-    from launcher.cli import sweep
     from launcher.cli.options import Request
+    from launcher.cli.sweep.decide import decide_request
+    from launcher.cli.sweep.write import written
 
     taken = []
     for attempt in (1, 2):
         seeds = ",".join(map(str, range(1000)))
         request = Request("sft.yaml", (), "slurm", "auto", json=False, sweep=(f"seed={seeds}",))
         started = time.monotonic()
-        decided = sweep._decide_request(request)
-        with sweep.written(decided, range(1000)):
+        decided = decide_request(request)
+        with written(decided, range(1000)):
             taken.append(time.monotonic() - started)
         assert len(list(Path("runs/it").glob("*/plan.json"))) == 1000
         if taken[-1] < SECONDS_FOR_A_THOUSAND:

@@ -26,7 +26,7 @@ from tests.support import ROOT
 PROGRAMS = ("dockerd", "docker", "debootstrap", "ip", "iptables", "iptables-save")
 SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 READY_SECONDS, STOP_SECONDS, POLL_SECONDS = 30.0, 30.0, 0.1
-BUILD_SECONDS = 900
+BUILD_SECONDS = 1800
 BASE, IMAGE = "sftlaunch-base:tests", "sftlaunch:tests"
 # Base, image, the build's layers and what the tests write; measured 6.
 NEEDED_BYTES = 10 * 2**30

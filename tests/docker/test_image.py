@@ -16,13 +16,12 @@ READ_ONLY = ("--read-only", "--tmpfs=/tmp:exec,mode=1777", "--cap-drop=ALL")
 # What a build needs and a run does not, what pip and apt leave, and what only a build may see.
 LEFT_OUT = """
 for name in gcc g++ cc c++ pip pip3; do command -v $name; done
-find /var/lib/apt/lists /var/cache /root /tmp /run -type f
+find /var/lib/apt/lists /var/cache /tmp /run /root/.cache -type f 2>/dev/null
 find / -xdev -name pip.conf -o -xdev -name '*.whl' -o -xdev -path '*/pip/*'
-find /opt/sftlaunch/lib -name '*.py' -path '*/launcher/*' -newer /opt/sftlaunch/pyvenv.cfg \
-  | while read -r f; do
-    d=${f%/*} b=${f##*/}
-    ls "$d/__pycache__/${b%.py}".*.pyc >/dev/null 2>&1 || echo "$f has no bytecode"
-  done
+find /opt/sftlaunch/lib/*/site-packages/launcher -name '*.py' | while read -r file; do
+  name=${file##*/}
+  ls "${file%/*}/__pycache__/${name%.py}".*.pyc >/dev/null || echo "$file has no bytecode"
+done
 """
 
 

@@ -139,3 +139,25 @@ def test_a_full_disk_keeps_the_checkpoint_before(launch: Launch, small_disk: Pat
     newest, _ = newest_whole(one.run.checkpoints)
     assert newest is not None
     assert newest.step >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--strategy=zero2",), ("--strategy=zero2", "--offload=all")])
+def test_deepspeed_trains_without_a_compiler(launch: Launch, flags: tuple[str, ...]) -> None:
+    one = launch(*flags, steps=4, watch=True)
+    code, words = one.wait()
+    assert code == 0, words
+    assert (one.there(), sorted(one.losses)) == (False, [1, 2, 3, 4])
+
+
+@pytest.mark.slow
+def test_a_kill_without_restarts_is_a_failure_that_resumes(launch: Launch) -> None:
+    """Nobody watches: the record says how it ended, and the container is gone."""
+    one = launch("--set=checkpoints.every_steps=2", steps=12)
+    one.until("a checkpoint", lambda: one.saved >= 4)
+    os.kill(int(one.inspect("{{.State.Pid}}")), signal.SIGKILL)
+    one.until_gone("failed")
+    assert one.status["error"]["message"]
+    done = sft("resume", str(one.run.path), "--on=docker")
+    assert done.returncode == 0, done.stderr
+    assert sorted(one.losses) == list(range(1, 13))

@@ -91,6 +91,18 @@ def test_a_model_that_only_root_may_read(engine: Engine, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+def test_a_container_that_fails_at_once_is_heard(engine: Engine, tmp_path: Path) -> None:
+    """Before any rank: what it printed is shown, and kept though the container is gone."""
+    nothing, output = tmp_path / "nothing", tmp_path / "run"
+    nothing.mkdir()
+    hidden = f"--set=docker.mounts=['{nothing}:/opt/sftlaunch/lib:ro']"
+    done = sft(*recipe(4), "--gpus=2", "--on=docker", f"--output={output}", hidden)
+    assert done.returncode == 1, done.stderr
+    assert "No module named 'launcher'" in done.stderr
+    assert "No module named 'launcher'" in (output / "logs" / "container.log").read_text()
+    assert engine.docker("ps", "--all", "--quiet") == ""
+
+
 def test_loaders_with_large_batches_fit_into_the_computed_shared_memory(engine: Engine) -> None:
     """Two ranks' data loaders with everything fetched ahead; Docker's own 64 MiB fail."""
     rows, length, workers = 64, 32_768, 4

@@ -31,6 +31,23 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "mistral-7b-v0.3": (32, 4096, 14336, 32, 8, 32768, 7_248_023_552, False),
 }
 
+
+def shape_of(model: str) -> dict[str, Any]:
+    """A model's row of SHAPES by the names of `MemoryInputs`."""
+    layers, hidden, mlp, heads, keys, vocabulary, parameters, _ = SHAPES[model]
+    return {
+        "layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "attention_heads": heads,
+        "key_value_heads": keys,
+        "head_dim": hidden // heads,
+        "vocab_size": vocabulary,
+        "parameters": parameters,
+    }
+
+
+LLAMA_8B = shape_of("llama3.1-8b")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 TARGETS: dict[str, tuple[str, ...] | None] = {
     "all": None,
@@ -89,7 +106,6 @@ class Row(NamedTuple):
 
 
 def inputs_of(row: dict[str, str]) -> MemoryInputs:
-    layers, hidden, mlp, heads, keys, vocabulary, parameters, tied = SHAPES[row["model"]]
     dropout, autocast, upcast = next(s[1:] for s in SCRIPTS if row["id"].startswith(s[0]))
     quantized = row["method"] == "qlora"
     half_precision = row["scheme"] == "fp16"
@@ -117,18 +133,8 @@ def inputs_of(row: dict[str, str]) -> MemoryInputs:
         "double_quantization": row["dq"] == "1",
         "compile": row["compile"] == "1",
     }
-    return MemoryInputs(
-        layers=layers,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        attention_heads=heads,
-        key_value_heads=keys,
-        head_dim=hidden // heads,
-        vocab_size=vocabulary,
-        parameters=parameters,
-        tie_word_embeddings=tied,
-        **values,
-    )
+    tied = SHAPES[row["model"]][-1]
+    return MemoryInputs(**shape_of(row["model"]), tie_word_embeddings=tied, **values)
 
 
 def read_rows() -> list[Row]:

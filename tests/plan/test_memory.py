@@ -17,7 +17,7 @@ from launcher.plan.memory import (
     memory_inputs,
 )
 from launcher.plan.memory_state import adapter_parameters, derive_sizes, quantized_bytes
-from tests.plan.published import GIB, Row, mean_error, read_rows
+from tests.plan.published import GIB, LLAMA_8B, Row, mean_error, read_rows
 
 _PARTS = {
     "parameters",
@@ -28,20 +28,10 @@ _PARTS = {
     "communication",
     "workspace",
 }
-_LLAMA_8B: dict[str, Any] = {
-    "layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "attention_heads": 32,
-    "key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "parameters": 8_030_261_248,
-}
 
 
 def _peak(**settings: Any) -> int:
-    return estimate_memory(MemoryInputs(**{**_LLAMA_8B, **settings})).peak_allocated_bytes
+    return estimate_memory(MemoryInputs(**{**LLAMA_8B, **settings})).peak_allocated_bytes
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +73,19 @@ def test_the_interval_holds_what_was_measured(rows: list[Row]) -> None:
 
 
 def test_nf4_is_4_127_bits() -> None:
-    inputs = MemoryInputs(**_LLAMA_8B, method="qlora", quantization="nf4")
+    inputs = MemoryInputs(**LLAMA_8B, method="qlora", quantization="nf4")
     assert round(8 * quantized_bytes(inputs), 3) == 4.127
     assert 8 * quantized_bytes(replace(inputs, double_quantization=False)) == 4.5
 
 
 def test_adapter_parameters_of_llama_8b() -> None:
     """PEFT prints 41,943,040 for rank 16 on every linear module of Llama-3.1-8B."""
-    assert adapter_parameters(MemoryInputs(**_LLAMA_8B, method="lora")) == 41_943_040
+    assert adapter_parameters(MemoryInputs(**LLAMA_8B, method="lora")) == 41_943_040
 
 
 def test_zero3_states_are_sixteen_bytes_over_the_shards() -> None:
     parts = estimate_memory(
-        MemoryInputs(**_LLAMA_8B, strategy="zero3", gpus=8, optimizer="adamw_torch")
+        MemoryInputs(**LLAMA_8B, strategy="zero3", gpus=8, optimizer="adamw_torch")
     ).parts
     assert parts["parameters"] == 2 * 8_030_261_248 // 8
     assert parts["optimizer"] == 12 * 8_030_261_248 // 8
@@ -177,8 +167,8 @@ def test_parts_add_up_and_a_larger_batch_needs_more(  # noqa: PLR0917 - hypothes
         "loss_path": loss,
         "gradient_checkpointing": checkpointing,
     }
-    one = estimate_memory(MemoryInputs(**_LLAMA_8B, **settings, micro_batch_size=micro))
-    two = estimate_memory(MemoryInputs(**_LLAMA_8B, **settings, micro_batch_size=micro + 1))
+    one = estimate_memory(MemoryInputs(**LLAMA_8B, **settings, micro_batch_size=micro))
+    two = estimate_memory(MemoryInputs(**LLAMA_8B, **settings, micro_batch_size=micro + 1))
     assert set(one.parts) == _PARTS
     assert min(one.parts.values()) >= 0
     assert sum(one.parts.values()) == one.peak_allocated_bytes
@@ -193,7 +183,7 @@ def test_builder_takes_a_probed_model() -> None:
         path="m",
         architecture="LlamaForCausalLM",
         model_type="llama",
-        **_LLAMA_8B,
+        **LLAMA_8B,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
         active_parameters=8_030_261_248,
@@ -214,7 +204,7 @@ def test_builder_takes_a_probed_model() -> None:
 
 
 def test_one_estimate_takes_well_under_a_millisecond() -> None:
-    inputs = MemoryInputs(**_LLAMA_8B, method="lora")
+    inputs = MemoryInputs(**LLAMA_8B, method="lora")
     start = time.perf_counter()
     for _ in range(200):
         estimate_memory(inputs)

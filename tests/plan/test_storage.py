@@ -19,19 +19,10 @@ from launcher.plan.storage import (
     shutdown_timeout_seconds,
 )
 from launcher.plan.types import Storage
+from tests.plan.published import LLAMA_8B
 
-PARAMETERS = 8_030_261_248
+PARAMETERS = LLAMA_8B["parameters"]
 ADAPTER = 41_943_040  # rank 16 on every linear module of Llama-3.1-8B, as PEFT prints
-LLAMA_8B: dict[str, Any] = {
-    "layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "attention_heads": 32,
-    "key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "parameters": PARAMETERS,
-}
 UNKNOWN = Storage(None, None, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ from launcher.errors import SpecError
 from launcher.facts.probe import Facts
 from launcher.plan.make import make_plan
 from launcher.render.files import with_files
-from launcher.render.slurm import OWNED, SCRIPT, Origin, clock, directive_value
+from launcher.render.sbatch import OWNED, clock, directive_value
+from launcher.render.slurm import SCRIPT, Origin
 from launcher.spec.durations import seconds
 from launcher.spec.schema import Spec
 from tests.support import HOSTILE_NAMES, ROOT
@@ -158,9 +160,9 @@ def test_per_node_variables_are_not_expanded_in_the_batch_shell() -> None:
     script = TEMPLATE.read_text("utf-8")
     for variable in ("SLURM_PROCID", "SLURM_LOCALID", "SLURMD_NODENAME"):
         assert variable not in script
-    (line,) = [line for line in script.splitlines() if "SLURM_NODEID" in line]
-    assert line.startswith("node='")
-    assert line.endswith("'")
+    quoted = re.findall(r"^node='\n[^']+'$", script, re.MULTILINE)
+    assert len(quoted) == 1
+    assert script.count("SLURM_NODEID") == quoted[0].count("SLURM_NODEID") == 1
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ class Cluster:
 
     def crash(self, name: str) -> None:
         """A power cut of one node: its daemon, its steps and all they started end at once."""
-        tasks = _with_environment(f"SLURMD_NODENAME={name}")
+        tasks = with_environment(f"SLURMD_NODENAME={name}")
         steps = {step for task in tasks for step in _ancestors(task, "slurmstepd")}
         for pid in (self.pids.pop(name), *steps, *tasks):
             with contextlib.suppress(ProcessLookupError):
@@ -376,7 +376,7 @@ def _runs(pid: int) -> bool:
     return stat_line.rpartition(")")[2].split()[0] != "Z"
 
 
-def _with_environment(setting: str) -> list[int]:
+def with_environment(setting: str) -> list[int]:
     """Processes that have a variable set to a value."""
     found = []
     for entry in Path("/proc").iterdir():

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
+import os
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.slurm.cluster import Cluster, command
+from tests.slurm.cluster import Cluster, command, with_environment
 from tests.slurm.conftest import Queued, sft
+from tests.support import ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 Launch = Callable[..., Queued]
 SAME_CURVE = 1e-5
 STEPS = 24
+URGENT = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 4")
+# A file system that takes its time: each fsync of a save, and what the whole save then takes.
+FSYNC, SLOW_SAVE = 0.4, 4.0
+SIGNAL_APART = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +32,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """The curve of one process that nobody disturbed."""
     from launcher.runs.directory import RunDirectory
     from tests.slurm.conftest import SHORT
-    from tests.support import ROOT
 
     output = tmp_path_factory.mktemp("alone") / "run"
     settings = (*SHORT, f"training.max_steps={STEPS}")
@@ -58,8 +67,7 @@ def test_preempted_it_saves_and_goes_on_by_itself(
 ) -> None:
     queued = launch(steps=STEPS)
     queued.until_step(7)
-    asked = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
-    urgent = command("sbatch", "--parsable", *asked, "--wrap=sleep 4")
+    urgent = command("sbatch", "--parsable", *URGENT)
     queued.until("the end of the attempt", lambda: queued.ends[0] is not None)
     saved = queued.saved
     assert saved >= 7
@@ -68,6 +76,29 @@ def test_preempted_it_saves_and_goes_on_by_itself(
     assert queued.ends == ["preempted", "completed"]
     assert [attempt["from_step"] for attempt in queued.status["attempts"]] == [0, saved]
     same_curve(queued.losses, uninterrupted)
+
+
+def test_preempted_while_a_save_takes_seconds(launch: Launch) -> None:
+    """Slurm tells all processes, more than once; nobody may leave before the seal."""
+    slow = f"export PYTHONPATH={ROOT / 'bench' / 'inject'}:$PYTHONPATH BENCH_SLOW_FSYNC={FSYNC}"
+    queued = launch(f"--set=slurm.before=[{json.dumps(slow)}]", steps=10_000)
+    queued.until_step(3)
+    command("sbatch", *URGENT)
+    queued.until("the signal", lambda: queued.run.signals(1).is_file())
+    told = time.monotonic()
+    # More of the same, as a cluster with a grace time sends them.
+    for _ in range(3):
+        time.sleep(SIGNAL_APART)
+        mine = with_environment(f"SFTLAUNCH_RUN={queued.run.path}")
+        for pid in set(mine) & set(with_environment("SLURM_STEP_ID=0")):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    queued.until("the end of the attempt", lambda: queued.ends[0] is not None)
+    assert time.monotonic() - told > SLOW_SAVE, "the save was not slow, so nothing is shown"
+    saved = queued.saved
+    assert (queued.ends[0], saved >= 3) == ("preempted", True), queued.told()
+    queued.until("the next attempt", lambda: len(queued.ends) == 2)
+    assert queued.status["attempts"][1]["from_step"] == saved
 
 
 @pytest.mark.slow

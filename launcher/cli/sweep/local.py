@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
 from launcher.cli.follow import Progress, show_failure
 from launcher.cli.options import Request
-from launcher.cli.sweep_state import end_of
+from launcher.cli.sweep.state import end_of
+from launcher.cli.sweep.types import DecidedSweep, SweptRun
 from launcher.errors import EnvironmentNotReady, ExitCode
 from launcher.insight.sweep import last_metrics
 from launcher.launch.local import StopSignals, launch
 from launcher.render.torchrun import launch_environment
-
-if TYPE_CHECKING:
-    from launcher.cli.sweep import DecidedSweep, SweptRun
 
 
 def run_in_sequence(decided: DecidedSweep, left: Sequence[int], request: Request) -> ExitCode:

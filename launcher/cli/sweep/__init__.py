@@ -1,0 +1,1 @@
+"""`--sweep`: many runs of one spec, from their plan to their end."""
