@@ -45,7 +45,7 @@ def checked(target: Caller | Nodes, planned: Planned, run: RunDirectory) -> Call
             host does not see.
     """
     if isinstance(target, Nodes):
-        from launcher.launch.docker_hosts import ready
+        from launcher.launch.docker_ready import ready
 
         refuse_without_hosts(target)
         return ready(planned.plan, planned.spec, run, target)

@@ -7,10 +7,14 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from launcher.errors import EnvironmentNotReady
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 HOST_OPTION = "--host="
 HELP = ("See 'docker", "Run 'docker")
 NOT_CONNECTED = re.compile(r"cannot connect|error during connect", re.IGNORECASE)
@@ -80,3 +84,26 @@ def last_line(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(HELP)]
     return " ".join((useful or lines or ["no output"])[-1].split())
+
+
+def each(action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """An action on all hosts at one time; the first host's refusal is raised."""
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(action, items))
+
+
+@contextlib.contextmanager
+def naming(daemon: str | None, fixes: dict[str, str] | None = None) -> Iterator[None]:
+    """A refusal with the host's name, and with a fix that holds there."""
+    try:
+        yield
+    except EnvironmentNotReady as refusal:
+        if daemon is None or daemon in refusal.what:
+            raise
+        raise EnvironmentNotReady(
+            refusal.code,
+            f"Docker host {daemon}: {refusal.what}",
+            why=refusal.why,
+            fix=(fixes or {}).get(refusal.code, refusal.fix),
+            source=refusal.source,
+        ) from None

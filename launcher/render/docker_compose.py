@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from launcher.render.docker_place import client
 
 RUN = (*client(None), "run")
+NOT_IN_PROJECT = re.compile(r"[^a-z0-9_-]")
 
 
 def _mount(value: str) -> dict[str, Any]:
@@ -88,7 +90,8 @@ def compose_text(argv: tuple[str, ...]) -> str:
             _add(service, option, value)
     image, *command = rest
     service = {"image": image, "command": command, **service}
-    lines = [f"name: {service['container_name'].lower()}", "services:", "  run:"]
+    project = NOT_IN_PROJECT.sub("-", service["container_name"].lower())
+    lines = [f"name: {project}", "services:", "  run:"]
     for key, value in service.items():
         lines += _lines(key, value)
     return "\n".join(lines)

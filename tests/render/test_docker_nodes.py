@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -315,6 +316,11 @@ def test_compose_says_what_docker_run_says() -> None:
 def test_a_dollar_is_not_a_variable_of_compose() -> None:
     plan, _, _ = target_of("/runs/$HOME", nodes=1)
     assert service_of(plan)["command"][-1] == "/runs/$$HOME"
+
+
+def test_a_project_s_name_as_compose_takes_it() -> None:
+    text = target_of("/runs/Llama-3.1", nodes=1)[0].files["compose.yaml"]
+    assert re.fullmatch(r"[a-z0-9][a-z0-9_-]*", yaml.safe_load(text)["name"])
 
 
 def test_an_option_without_a_place_in_compose_is_an_error() -> None:
