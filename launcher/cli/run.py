@@ -46,7 +46,7 @@ from launcher.insight.find import find_sweep
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
 from launcher.render.docker import Caller
-from launcher.render.docker_nodes import Nodes, first_script
+from launcher.render.docker_nodes import Nodes, carried_files, first_script
 from launcher.render.files import run_files, with_files
 from launcher.render.slurm import SCRIPT, Origin
 from launcher.render.text import plan_lines
@@ -305,6 +305,9 @@ def show(
     for name in (SCRIPT, first_script(decided.plan.files)) if script else ():
         if name in decided.plan.files:
             click.echo(f"\n{decided.plan.files[name]}", nl=False)
+    carried = carried_files(decided.plan.files) if script else ()
+    if carried:
+        click.echo(f"\nUnder files of --json, for machines without ssh: {', '.join(carried)}")
 
 
 def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool) -> None:

@@ -43,6 +43,7 @@ HUB_CACHE = "/cache"
 ORDINARY_USER = 1000
 CHECK_MODULE = "launcher.launch.host_check"
 CHECK_FOLDER = "/sftlaunch-check"
+CARRIED = re.compile(r"docker-node-\d+\.sh|cloud-init(-\d+)?\.yaml|compose\.yaml")
 # What the template itself says.
 STARTS = (*client(None), "run", "--detach")
 # Stands for the first node's address until the script knows it.
@@ -100,6 +101,15 @@ def docker_files(
 def first_script(files: Mapping[str, str]) -> str:
     """Name of the script that is shown: the one that starts all, or the first node's."""
     return SCRIPT if SCRIPT in files else "docker-node-0.sh"
+
+
+def carried_files(files: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of what is there to be carried to a machine, beside the script that is shown."""
+    return tuple(
+        name
+        for name in files
+        if CARRIED.fullmatch(name) is not None and name != first_script(files)
+    )
 
 
 def places_of(spec: Spec, run_directory: str, nodes: int) -> tuple[Place, ...]:

@@ -50,6 +50,7 @@ def test_the_whole_script_is_shown(bare_machine: Path, monkeypatch: pytest.Monke
     assert done.code == 0, done.err
     assert f"sftlaunch:{__version__}-cpu" in done.out
     assert "--read-only" in done.out
+    assert "under files of --json, for machines without ssh: compose.yaml" in done.out.lower()
     assert tree(bare_machine) == {}
 
 
