@@ -51,6 +51,9 @@ bench: $(VENV)/.train ## figures of docs/ and bench/, made again
 	$(BIN)/python -m bench.first_step
 	$(BIN)/python -m bench.matrix --write
 	$(BIN)/python -m bench.parity --write
+	$(BIN)/python -m bench.resume --write
+	$(BIN)/python -m bench.faults --write
+	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.exits
 
 fields: $(VENV)/.train ## the list of SFTConfig fields, after TRL moved
