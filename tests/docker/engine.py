@@ -89,6 +89,8 @@ class Engine:
     folder: Path
     number: int = 0
     """Tells several daemons of one session apart."""
+    nice: int = 19
+    """Of the daemon and all its containers: 0 to measure."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -127,7 +129,7 @@ class Engine:
         _run("ip", "link", "set", self.name, "up")
         self._make_cgroup()
         argv = [
-            *("nice", "-n", "19", str(_program("dockerd"))),
+            *("nice", "-n", str(self.nice), str(_program("dockerd"))),
             *("--data-root", str(self.folder / "data")),
             *("--exec-root", str(self.folder / "exec")),
             *("--pidfile", str(self.folder / "pid")),
