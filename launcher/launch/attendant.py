@@ -9,8 +9,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from launcher.launch.docker import see_out
+from launcher.launch import docker, docker_hosts
 from launcher.runs.directory import RunDirectory
 
 if __name__ == "__main__":
-    see_out(RunDirectory(Path(sys.argv[1])))
+    run = RunDirectory(Path(sys.argv[1]))
+    if docker_hosts.daemons_of(run) == [None]:
+        docker.see_out(run)
+    else:
+        docker_hosts.see_out(run)

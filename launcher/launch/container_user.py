@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launcher.errors import EnvironmentNotReady
@@ -90,13 +90,20 @@ def hub_names(plan: Plan) -> list[str]:
     ]
 
 
-def make_ready(run: RunDirectory, caller: Caller) -> None:
-    """Record a run's container before it starts, for then the record is its own to write."""
+def make_ready(run: RunDirectory, caller: Caller, hosts: Sequence[str | None] = ()) -> None:
+    """Record a run's container before it starts, for then the record is its own to write.
+
+    Args:
+        run: whose files are written.
+        caller: whose the container is.
+        hosts: daemons that start one each, where it is not the client's own choice.
+    """
     for cache in caller.caches:
         if cache.writable:
             _make(cache)
     name = container_name(str(run.path))
-    run.update_status(state="running", stage="starting", docker={"container": name})
+    record = {"container": name, **({"hosts": list(hosts)} if hosts else {})}
+    run.update_status(state="running", stage="starting", docker=record)
     hand_over(run.path, caller.user, caller.group)
 
 

@@ -24,10 +24,19 @@ from launcher.launch.container_user import (
     hub_names,
     keep_owner,
     other_groups,
+    refuse_unreadable,
 )
+from launcher.launch.docker_client import NOT_CONNECTED, answer, last_line, no_daemon
 from launcher.launch.local import StopSignals, outcome, python_path
 from launcher.plan.types import Plan, plan_from_json
-from launcher.render.docker import VERSION_LABEL, Caller, container_name, stop_seconds
+from launcher.render.docker import (
+    VERSION_LABEL,
+    Caller,
+    container_name,
+    local_paths,
+    stop_seconds,
+)
+from launcher.render.docker_place import client
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import Failure
 
@@ -101,7 +110,8 @@ def caller(image: str, plan: Plan, run_directory: str, said_user: str | None = N
 
 def as_daemon_has_it(caller: Caller) -> Caller:
     """The caller with what this daemon's own way of naming users asks for."""
-    said = ask(["docker", "info", "--format={{json .SecurityOptions}}"]).stdout
+    docker = client(caller.place.daemon)
+    said = ask([*docker, "info", "--format={{json .SecurityOptions}}"]).stdout
     options = tuple(option for name, option in DAEMON_OPTIONS.items() if name in said)
     if ROOTLESS in said:
         # Root inside is then the user who runs the daemon, and nobody more.
@@ -124,18 +134,9 @@ def ask(
             fix="install Docker, or use --on local",
         )
     try:
-        done = subprocess.run(
-            argv,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=limit_seconds,
-            # A Ctrl-C is for the launcher, which then asks the container to save.
-            start_new_session=True,
-        )
+        done = answer(argv, limit_seconds)
     except subprocess.TimeoutExpired:
-        raise _no_daemon(f"no answer within {limit_seconds} s") from None
+        raise no_daemon(argv, f"no answer within {limit_seconds} s") from None
     text = done.stderr.lower()
     if "permission denied" in text and "socket" in text:
         raise EnvironmentNotReady(
@@ -143,22 +144,12 @@ def ask(
             "this user may not talk to the Docker daemon",
             fix="have an administrator add you to the group docker, or use rootless Docker",
         )
-    if done.returncode and ("cannot connect" in text or "error during connect" in text):
-        raise _no_daemon(_last_line(done.stderr))
+    if done.returncode and NOT_CONNECTED.search(text):
+        raise no_daemon(argv, done.stderr)
     return done
 
 
-def _no_daemon(why: str) -> EnvironmentNotReady:
-    where = os.environ.get("DOCKER_HOST", "this machine")
-    return EnvironmentNotReady(
-        "docker_down",
-        f"the Docker daemon of {where} does not answer",
-        why=why,
-        fix="start it (systemctl start docker), or correct DOCKER_HOST",
-    )
-
-
-def check(plan: Plan, image: str) -> str:
+def check(plan: Plan, image: str, daemon: str | None = None) -> str:
     """Refuse what the daemon would not start; the image by its content.
 
     Returns:
@@ -167,13 +158,13 @@ def check(plan: Plan, image: str) -> str:
     Raises:
         EnvironmentNotReady: no daemon, no image, or another version of this package in it.
     """
-    done = ask(["docker", "image", "inspect", image])
+    done = ask([*client(daemon), "image", "inspect", image])
     if done.returncode:
         cpu = "--cpu " if plan.topology.device == "cpu" else ""
         raise EnvironmentNotReady(
             "no_image",
             f"the image {image} is not here",
-            why=_last_line(done.stderr),
+            why=last_line(done.stderr),
             fix=f"build it (sftlaunch image build {cpu}), fetch it (docker pull {image}), or "
             "set docker.image",
         )
@@ -191,6 +182,19 @@ def check(plan: Plan, image: str) -> str:
     return digests[0] if digests else str(found["Id"])
 
 
+def pinned(plan: Plan, caller: Caller) -> Caller:
+    """The caller with its image's digest, and with what its daemon asks for.
+
+    Raises:
+        EnvironmentNotReady: no daemon, no image, another version in it, files not to be read.
+    """
+    image = check(plan, caller.image, caller.place.daemon)
+    found = as_daemon_has_it(replace(caller, image=image))
+    if found.user != os.getuid():
+        refuse_unreadable(local_paths(plan), found.user, (found.group, *found.groups))
+    return found
+
+
 def start(run: RunDirectory, argv: Sequence[str]) -> None:
     """Start a run's container, which `container_user.make_ready` has recorded.
 
@@ -201,7 +205,7 @@ def start(run: RunDirectory, argv: Sequence[str]) -> None:
     done = ask(argv, START_SECONDS)
     if done.returncode:
         remove(run)
-        raise _refused(done.stderr)
+        raise refused(done.stderr)
 
 
 def attend(
@@ -310,26 +314,27 @@ def _ended(
     if any(run.logs(int(run.read_status()["attempt"])).glob("rank-*.log")):
         return exit_code, failure
     log = str(run.container_log.relative_to(run.path))
-    failure = replace(failure, error=f"{failure.error}: {_last_line(said)}", log=log)
+    failure = replace(failure, error=f"{failure.error}: {last_line(said)}", log=log)
     with contextlib.suppress(OSError):
         run.update_status(error=failure.as_json())
     return exit_code, failure
 
 
-def _refused(text: str) -> EnvironmentNotReady:
+def refused(text: str) -> EnvironmentNotReady:
+    """What Docker says to a container that it does not start, with the fix."""
     for part, code, what, fix in REFUSALS:
         if part in text.lower():
-            return EnvironmentNotReady(code, what, why=_last_line(text), fix=fix)
+            return EnvironmentNotReady(code, what, why=last_line(text), fix=fix)
     return EnvironmentNotReady(
         "not_started",
-        f"the container was not started: {_last_line(text)}",
+        f"the container was not started: {last_line(text)}",
         fix="correct docker: in the spec; docker.sh is what ran",
     )
 
 
-def look(run: RunDirectory) -> Container | None:
+def look(run: RunDirectory, daemon: str | None = None) -> Container | None:
     """A run's container; None where the daemon does not know it (any more)."""
-    done = ask(["docker", "container", "inspect", container_name(str(run.path))])
+    done = ask([*client(daemon), "container", "inspect", container_name(str(run.path))])
     if done.returncode:
         return None
     found = json.loads(done.stdout)[0]
@@ -340,10 +345,10 @@ def look(run: RunDirectory) -> Container | None:
     )
 
 
-def stop(run: RunDirectory, seconds: int) -> None:
+def stop(run: RunDirectory, seconds: int, daemon: str | None = None) -> None:
     """SIGTERM to the launcher inside, SIGKILL after so long; a restart policy does not act."""
     name = container_name(str(run.path))
-    ask(["docker", "stop", f"--time={seconds}", name], seconds + ANSWER_SECONDS)
+    ask([*client(daemon), "stop", f"--time={seconds}", name], seconds + ANSWER_SECONDS)
 
 
 def patience(run: RunDirectory) -> int:
@@ -352,12 +357,6 @@ def patience(run: RunDirectory) -> int:
     return stop_seconds(plan)
 
 
-def remove(run: RunDirectory) -> None:
+def remove(run: RunDirectory, daemon: str | None = None) -> None:
     """Remove a container that has ended, or that must end now."""
-    ask(["docker", "rm", "--force", container_name(str(run.path))])
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    useful = [line for line in lines if not line.startswith("See 'docker")]
-    return " ".join((useful or lines or ["no output"])[-1].split())
+    ask([*client(daemon), "rm", "--force", container_name(str(run.path))])

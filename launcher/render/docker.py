@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher import __version__
 from launcher.plan.types import Plan
+from launcher.render.docker_place import HERE, Place, client
 from launcher.render.quote import shell_block
 from launcher.spec.schema import Spec, split_mount
 
@@ -76,6 +77,8 @@ class Caller:
     """Further groups of the user."""
     daemon: tuple[str, ...] = ()
     """Options without which this daemon's containers could not write the run directory."""
+    place: Place = HERE
+    """Which daemon is asked, and the container's part among several nodes."""
 
 
 def container_name(run_directory: str) -> str:
@@ -100,17 +103,19 @@ def docker_argv(plan: Plan, spec: Spec, run_directory: str, caller: Caller) -> t
     """
     docker = spec.docker
     return (
-        "docker",
+        *client(caller.place.daemon),
         "run",
         "--detach",
         f"--name={container_name(run_directory)}",
         f"--label={RUN_LABEL}={run_directory}",
         f"--hostname={caller.host}",
+        *caller.place.options(),
         *((f"--restart=on-failure:{docker.restarts}",) if docker.restarts else ()),
         *_limits(plan),
         *_rights(caller),
         *_devices(plan, caller),
-        *(f"--mount={mount}" for mount in _mounts(plan, spec, run_directory, caller)),
+        f"--mount={mount(run_directory, run_directory)}",
+        *(f"--mount={m}" for m in other_mounts(plan, spec, run_directory, caller)),
         # By name: their values never stand in an argv or a file.
         *(f"--env={name}" for name in sorted({*docker.environment, *PASSED})),
         *(f"--env={cache.variable}={cache.path}" for cache in caller.caches),
@@ -120,7 +125,7 @@ def docker_argv(plan: Plan, spec: Spec, run_directory: str, caller: Caller) -> t
         *LOG_OPTIONS,
         caller.image,
         "-m",
-        MODULE,
+        *(caller.place.arguments() or (MODULE,)),
         run_directory,
     )
 
@@ -181,20 +186,19 @@ def local_paths(plan: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys(local))
 
 
-def _mounts(plan: Plan, spec: Spec, run_directory: str, caller: Caller) -> Iterable[str]:
-    """Values of `--mount`, which Docker refuses where the source does not exist."""
-    yield _mount(run_directory, run_directory)
+def other_mounts(plan: Plan, spec: Spec, run_directory: str, caller: Caller) -> Iterable[str]:
+    """Values of `--mount` beside the run's; Docker refuses them where the source is missing."""
     folders = dict.fromkeys(local_paths(plan), False)
     folders |= {cache.path: cache.writable for cache in caller.caches}
     for path, writable in folders.items():
         if not Path(path).is_relative_to(run_directory):
-            yield _mount(path, path, read_only=not writable)
-    for mount in spec.docker.mounts:
-        source, target, read_only = split_mount(mount)
-        yield _mount(source, target, read_only=read_only)
+            yield mount(path, path, read_only=not writable)
+    for said in spec.docker.mounts:
+        source, target, read_only = split_mount(said)
+        yield mount(source, target, read_only=read_only)
 
 
-def _mount(source: str, target: str, *, read_only: bool = False) -> str:
+def mount(source: str, target: str, *, read_only: bool = False) -> str:
     """One value, as Docker's CSV reader takes it back: commas and quotes in paths hold."""
     fields = ["type=bind", f"source={source}", f"target={target}"]
     fields += ["readonly"] if read_only else []

@@ -219,7 +219,7 @@ def _from_logs(run: RunDirectory, attempt: int, detail: str) -> Failure:
 def _without_record(run: RunDirectory, attempt: int) -> Failure | None:
     """A cause that its rank could not write down itself."""
     logs = _rank_logs(run, attempt)
-    killed = _killed(run, attempt, _read(run.launcher_log(attempt)))
+    killed = _killed(run, attempt, _agents_words(run, attempt))
     full = _full_disk(run, attempt)
     return full or _stuck(run, attempt, logs) or killed or _silent(run, attempt, logs)
 
@@ -237,6 +237,12 @@ def _full_disk(run: RunDirectory, attempt: int) -> Failure | None:
     log = str(run.launcher_log(attempt).relative_to(run.path))
     error = f"nothing more can be written to {run.path}"
     return Failure(None, error, pattern.cause, pattern.fix, log, ())
+
+
+def _agents_words(run: RunDirectory, attempt: int) -> str:
+    """What the nodes' agents printed, the first node's first."""
+    paths = (run.launcher_log(attempt), *sorted(run.logs(attempt).glob("launcher-*.log")))
+    return "\n".join(map(_read, paths))
 
 
 def _rank_logs(run: RunDirectory, attempt: int) -> dict[int | None, str]:

@@ -34,6 +34,13 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 ALL_LINEAR = "all-linear"
 CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+# A host name, or an address of version 6 in brackets; nothing that ssh would take for an option.
+DOCKER_HOST = re.compile(
+    r"unix:///.+"
+    r"|(?:ssh|tcp)://(?:(?P<user>[\w.][\w.-]*)(?P<password>:[^@]*)?@)?"
+    r"(?:[A-Za-z0-9_][\w.-]*|\[[0-9a-fA-F:.]+\])(?::\d+)?/?",
+    re.ASCII,
+)
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -94,6 +101,16 @@ def _is_mount(value: str) -> str:
     return value
 
 
+def _is_docker_host(value: str) -> str:
+    """A daemon's address as Docker's client takes it; no secret may stand in it."""
+    found = DOCKER_HOST.fullmatch(value)
+    if not found:
+        raise ValueError("it should be ssh://USER@HOST[:PORT], tcp://HOST:PORT or unix:///PATH")
+    if found["password"] is not None:
+        raise ValueError("it holds a password; use a key of ssh")
+    return value
+
+
 VariableName = Annotated[
     str,
     AfterValidator(_is_variable_name),
@@ -102,6 +119,9 @@ VariableName = Annotated[
 ImageName = Annotated[str, AfterValidator(_is_image_name)]
 Mount = Annotated[Line, AfterValidator(_is_mount)]
 UserNumbers = Annotated[str, Field(pattern=r"^[0-9]{1,9}(:[0-9]{1,9})?$")]
+DockerHost = Annotated[Line, AfterValidator(_is_docker_host)]
+# A host's name, or its address without brackets.
+Address = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*|[0-9a-fA-F:.]+)$")]
 DirectiveName = Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")]
 
 
@@ -360,7 +380,18 @@ class DockerSpec(Section):
     restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="How often Docker starts a failed container again; it resumes."
     )
-    hosts: list[Line] = Field(default_factory=list, description="ssh://user@host, one a node.")
+    hosts: list[DockerHost] = Field(
+        default_factory=list,
+        description="Daemons that start the containers, such as ssh://user@host, one a node; the "
+        "first is the rendezvous.",
+    )
+    addresses: list[Address] | None = Field(
+        None,
+        description="By which the nodes find each other, one a node; those in hosts without it.",
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="Port of the rendezvous on the first node; by the run's path if unset."
+    )
 
 
 class Spec(Section):

@@ -50,6 +50,7 @@ def test_the_whole_script_is_shown(bare_machine: Path, monkeypatch: pytest.Monke
     assert done.code == 0, done.err
     assert f"sftlaunch:{__version__}-cpu" in done.out
     assert "--read-only" in done.out
+    assert "under files of --json, for machines without ssh: compose.yaml" in done.out.lower()
     assert tree(bare_machine) == {}
 
 
@@ -143,8 +144,13 @@ def test_what_the_daemon_asks_for(
     assert words == options
 
 
-def test_several_hosts_are_refused(docker) -> None:
-    docker()
-    done = sftlaunch("plan", "--on=docker", "--device=cpu", "--nodes=2", "--gpus=2")
-    assert done.code == 4
-    assert "--on slurm" in done.err
+def test_several_nodes_without_hosts_are_scripts_to_carry_there(docker) -> None:
+    machine = docker()
+    asked = ("--on=docker", "--device=cpu", "--nodes=2", "--gpus=2", "--json")
+    done = sftlaunch("plan", *asked)
+    assert done.code == 0, done.err
+    assert {"docker-node-0.sh", "docker-node-1.sh", "cloud-init-1.yaml"} <= set(done.json["files"])
+    done = sftlaunch("run", *asked)
+    assert (done.code, done.json["error"]["code"]) == (2, "docker_hosts")
+    assert "--docker-host ssh://USER@HOST" in done.err
+    assert tree(machine) == {}

@@ -88,8 +88,14 @@ def keys(model: type[BaseModel] = Spec, prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", VALUES[get_origin(part) or part]
 
 
-# One name becomes a list of it, so the lists are written out.
-KEYS = {**dict(keys()), "lora.target_modules": (["q_proj"], ["q_proj", "v_proj"])}
+# One name becomes a list of it, so the lists are written out; texts with a form of their own.
+KEYS = {
+    **dict(keys()),
+    "docker.hosts": (["ssh://a"], ["ssh://a", "ssh://b"]),
+    "docker.mounts": (["/a"], ["/a", "/b"]),
+    "docker.user": ("1000", "1000:1000"),
+    "lora.target_modules": (["q_proj"], ["q_proj", "v_proj"]),
+}
 CONTAINER = {"runtime": "pyxis", "image": "image"}
 
 
