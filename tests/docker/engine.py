@@ -177,6 +177,10 @@ class Engine:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(STOP_SECONDS)
                     break
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove its rules of the firewall, its bridge and its cgroups."""
         for table in ("nat", "filter"):
             for rule in _output("iptables-save", "-t", table).splitlines():
                 words = rule.split()
