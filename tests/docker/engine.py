@@ -89,6 +89,8 @@ class Engine:
     folder: Path
     number: int = 0
     """Tells several daemons of one session apart."""
+    nice: int = 19
+    """Of the daemon and all its containers: 0 to measure."""
     within: tuple[str, ...] = ()
     """Command that starts the daemon, such as `unshare`."""
     process: subprocess.Popen[bytes] | None = None
@@ -129,7 +131,7 @@ class Engine:
         _run("ip", "link", "set", self.name, "up")
         self._make_cgroup()
         argv = [
-            *(*self.within, "nice", "-n", "19", str(_program("dockerd"))),
+            *(*self.within, "nice", "-n", str(self.nice), str(_program("dockerd"))),
             *("--data-root", str(self.folder / "data")),
             *("--exec-root", str(self.folder / "exec")),
             *("--pidfile", str(self.folder / "pid")),
@@ -181,9 +183,10 @@ class Engine:
                 if words[:1] == ["-A"] and self.name in words:
                     _output("iptables", "-t", table, "-D", *words[1:])
         _output("ip", "link", "delete", self.name)
-        for group in CGROUPS.glob(f"*/{self.name}"):
-            with contextlib.suppress(OSError):
-                group.rmdir()
+        for group in (*CGROUPS.glob(f"*/{self.name}"), CGROUPS / self.name):
+            for folder, _, _ in os.walk(group, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)  # noqa: PTH106 - a group's files are not to be removed
 
     def docker(self, *arguments: str) -> str:
         """What the client prints; empty where it fails."""

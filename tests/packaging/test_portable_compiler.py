@@ -28,7 +28,7 @@ def compiled(*arguments: str, folder: Path) -> list[str]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 names")
 def test_code_for_every_server(tmp_path: Path) -> None:
-    asked = ("-O3", "-march=native", "-D__AVX512__", "a b.cpp", "-o", "x")
+    asked = ("-g", "-O3", "-march=native", "-D__AVX512__", "a b.cpp", "-o", "x")
     assert compiled(*asked, folder=tmp_path) == [
         "-O3",
         "-march=x86-64-v3",
