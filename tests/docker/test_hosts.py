@@ -323,6 +323,8 @@ def test_one_daemon_by_two_names(hosts: Hosts, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [MISSING, OTHER])
 def test_an_image_that_one_host_lacks(name: str, hosts: Hosts, tmp_path: Path) -> None:
+    # A daemon that is kept from session to session has it from the last one.
+    hosts.second.docker("rmi", "--no-prune", name)
     hosts.first.docker("tag", IMAGE, name)
     if name == OTHER:
         label = f"LABEL {VERSION_LABEL}=0.0.1"
