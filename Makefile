@@ -37,8 +37,8 @@ lint: $(VENV)/.train ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-cluster: system ## what the Slurm tests need, installed where we are root
-	@bash tools/system-packages.sh "$(PYTHON)" slurm
+cluster: system ## what the Slurm and Docker tests need, installed where we are root
+	@bash tools/system-packages.sh "$(PYTHON)" servers
 
 test: lint cluster ## all checks of a commit: lint, light tests, a slice of the real-engine tests
 	$(BIN)/python -m pytest -m "not slow" -q $(PYTEST_ARGS)
@@ -52,6 +52,9 @@ bench: $(VENV)/.train ## figures of docs/ and bench/, made again
 	$(BIN)/python -m bench.first_step
 	$(BIN)/python -m bench.matrix --write
 	$(BIN)/python -m bench.parity --write
+	$(BIN)/python -m bench.resume --write
+	$(BIN)/python -m bench.faults --write
+	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.exits
 
 fields: $(VENV)/.train ## the list of SFTConfig fields, after TRL moved

@@ -44,7 +44,7 @@ def copy_sources(target: Path, wheels: Path | None = None) -> None:
 
     Args:
         target: an empty folder.
-        wheels: a folder of wheels, for docker/wheels.
+        wheels: a folder of wheels that the build may take, and that do not stay in the image.
     """
     for name in SOURCES:
         source = asset(name)
@@ -54,7 +54,7 @@ def copy_sources(target: Path, wheels: Path | None = None) -> None:
             shutil.copyfile(source, target / name)
     shutil.copytree(_PACKAGE, target / "launcher", ignore=_LEFT_OUT)
     if wheels is not None:
-        folder = target / "docker" / "wheels"
+        folder = target / "wheels"
         folder.mkdir()
         for wheel in sorted(wheels.glob("*.whl")):
             shutil.copyfile(wheel, folder / wheel.name)

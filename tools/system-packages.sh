@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What `make` needs from Debian or Ubuntu: installed where we are root, named where not.
-# Arguments: the Python that the virtual environment will use; `slurm` for the cluster tests.
+# Arguments: the Python that the virtual environment will use; `servers` for the tests with
+# real Slurm and Docker daemons.
 set -euo pipefail
 python=${1:-}
 missing=()
@@ -36,10 +37,20 @@ PY
 fi
 # DeepSpeed builds one CPU extension at first use.
 command -v g++ >/dev/null || missing+=(g++)
-# The Slurm tests bring up a cluster of their own, which only root can.
-if [ "${2:-}" = slurm ] && [ "$(id -u)" = 0 ]; then
+# Those tests bring up a cluster and a daemon of their own, which only root can.
+if [ "${2:-}" = servers ] && [ "$(id -u)" = 0 ]; then
   command -v sbatch >/dev/null || missing+=(slurm-wlm)
   command -v munged >/dev/null || missing+=(munge)
+  command -v dockerd >/dev/null || missing+=(docker.io)
+  command -v debootstrap >/dev/null || missing+=(debootstrap)
+  command -v ip >/dev/null || missing+=(iproute2)
+  command -v iptables >/dev/null || missing+=(iptables)
+  # From 23 on Docker's client is a package of its own and builds only with a plugin.
+  for name in docker-cli docker-buildx; do
+    if apt-cache show "$name" >/dev/null 2>&1 && ! dpkg -s "$name" >/dev/null 2>&1; then
+      missing+=("$name")
+    fi
+  done
 fi
 [ ${#missing[@]} -eq 0 ] && exit 0
 command="apt-get install -y ${missing[*]}"

@@ -14,8 +14,9 @@ import click
 from launcher.cli.check import check
 from launcher.cli.on_slurm import show_error
 from launcher.cli.options import make_request, plan_options
+from launcher.cli.refusals import unwritable
 from launcher.cli.run import Decided, decide
-from launcher.errors import EnvironmentNotReady, ExitCode, SpecError
+from launcher.errors import ExitCode, SpecError
 from launcher.render.text import bytes_text, duration
 from launcher.runs.directory import RunDirectory
 from launcher.runs.prepared import LOG, preparation_error, read_record, up_to_date
@@ -111,11 +112,7 @@ def _keep_log(run: RunDirectory, text: str | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise EnvironmentNotReady(
-            "output_unwritable",
-            f"{run.path} cannot be written: {error.strerror}",
-            fix="use --output with a folder that you may write",
-        ) from None
+        raise unwritable(str(run.path), error) from None
 
 
 def _say(run: RunDirectory, output: str, *, ready: bool, as_json: bool) -> None:

@@ -175,7 +175,14 @@ def plan_options(command: Command) -> Command:
             show_default=True,
             help="Where it runs.",
         ),
-        click.option("--detach", is_flag=True, help="Slurm: do not wait for the job's end."),
+        click.option(
+            "--docker-host",
+            "docker_hosts",
+            multiple=True,
+            metavar="URL",
+            help="Docker of another machine, such as ssh://user@host; once a node.",
+        ),
+        click.option("--detach", is_flag=True, help="Slurm, Docker: do not wait for the end."),
         *(
             click.option(flag, _parameter_name(key), type=kind, metavar=metavar, help=text)
             for flag, key, kind, metavar, text in reversed(OPTIONS)
@@ -195,16 +202,32 @@ def make_request(arguments: dict[str, Any]) -> Request:
         if value is not None:
             overrides.append(Override(key=key, value=value, flag=f"{flag} {value}"))
     overrides += _implied(overrides)
+    hosts = list(arguments["docker_hosts"])
+    if hosts:
+        overrides.append(Override("docker.hosts", hosts, "--docker-host"))
     overrides += [parse_set(text) for text in arguments["settings"]]
     return Request(
         spec=arguments["spec_path"],
         overrides=tuple(overrides),
-        target=arguments["target"],
+        target=_target(arguments["target"], docker=bool(hosts)),
         resume=arguments["resume"],
         detach=arguments["detach"],
         json=arguments["as_json"],
         sweep=arguments["sweep"],
     )
+
+
+def _target(said: str, *, docker: bool) -> str:
+    """Where it runs; a Docker host says that by itself.
+
+    Raises:
+        SpecError: Slurm and a Docker host at once.
+    """
+    if docker and said == "slurm":
+        raise SpecError(
+            "docker_hosts", "--on slurm and --docker-host exclude each other", fix="keep one"
+        )
+    return "docker" if docker else said
 
 
 def _implied(overrides: list[Override]) -> list[Override]:

@@ -28,7 +28,13 @@ from launcher.cli.going_on import (
     with_measured_save,
     with_source_of,
 )
-from launcher.cli.on_docker import container_caller, pinned, run_and_follow
+from launcher.cli.on_docker import (
+    checked,
+    container_caller,
+    refuse_in_container,
+    run_and_follow,
+)
+from launcher.cli.on_hosts import with_nodes_of_hosts
 from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued
 from launcher.cli.options import Request, load_request, make_request, plan_options
 from launcher.cli.refusals import no_rows, unwritable
@@ -39,8 +45,8 @@ from launcher.facts.probe import Facts, probe
 from launcher.insight.find import find_sweep
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
-from launcher.render import docker
-from launcher.render.docker import Caller, docker_argv
+from launcher.render.docker import Caller
+from launcher.render.docker_nodes import Nodes, carried_files, first_script
 from launcher.render.files import run_files, with_files
 from launcher.render.slurm import SCRIPT, Origin
 from launcher.render.text import plan_lines
@@ -63,14 +69,8 @@ class Decided:
     """The built-in recipe, where no spec was given."""
     slurm: Origin | None = None
     """Who makes the job script, where it goes to Slurm."""
-    docker: Caller | None = None
-    """Who starts the container, where it goes to Docker."""
-
-    @property
-    def container(self) -> tuple[str, ...]:
-        """Argv that starts the container."""
-        assert self.docker is not None  # noqa: S101 - the target is Docker
-        return docker_argv(self.plan, self.planned.spec, os.path.abspath(self.output), self.docker)  # noqa: PTH100
+    docker: Caller | Nodes | None = None
+    """Who starts the containers, where it goes to Docker."""
 
 
 @click.command(context_settings={"max_content_width": 100})
@@ -195,10 +195,8 @@ def _check_ready(decided: Decided, run: RunDirectory) -> Decided:
 
         check(decided.plan, decided.planned.spec.slurm)
     elif decided.docker is not None:
-        decided = _rendered(
-            dataclasses.replace(decided, docker=pinned(decided.docker, decided.plan)),
-            decided.planned,
-        )
+        target = checked(decided.docker, decided.planned, run)
+        decided = _rendered(dataclasses.replace(decided, docker=target), decided.planned)
     else:
         check_environment(decided.plan, len(decided.facts.gpus))
     check_space(decided.plan, run)
@@ -213,8 +211,15 @@ def _launch(
         slurm = decided.planned.spec.slurm
         return queue_and_follow(run, slurm, decided.output, before, request)
     if decided.docker is not None:
-        argv = decided.container
-        return run_and_follow(decided.plan, run, decided.output, argv, before, request)
+        return run_and_follow(
+            decided.plan,
+            run,
+            decided.output,
+            decided.docker,
+            before,
+            spec=decided.planned.spec,
+            request=request,
+        )
     from launcher.cli.follow import follow_here
 
     return follow_here(decided.plan, run, decided.output, decided.facts.cpu_count, request.json)
@@ -228,6 +233,7 @@ def _go_on(decided: Decided, request: Request, run: RunDirectory) -> Decided:
     """
     refuse_running(run)
     refuse_queued(run)
+    refuse_in_container(run)
     if "batch.global_batch_size" in decided.plan.defaults:
         decided = decide(keep_global_batch(request, run))
     refuse_other_run(run, decided.planned.spec, decided.output)
@@ -266,14 +272,15 @@ def decide(request: Request) -> Decided:
         Refusal: as the plan says.
     """
     loaded, recipe = load_request(request)
-    facts = probe(loaded.spec)
-    planned = make_plan(loaded.spec, facts)
+    spec = with_nodes_of_hosts(loaded.spec) if request.target == "docker" else loaded.spec
+    facts = probe(spec)
+    planned = make_plan(spec, facts)
     output = planned.spec.output or "runs/run"
     if recipe and not request.output_said and not only_prepared(Path(output)):
         output = free_name(output)
     path = os.path.abspath(output)  # noqa: PTH100 - keeps links
     slurm = origin() if request.target == "slurm" else None
-    docker = container_caller(planned) if request.target == "docker" else None
+    docker = container_caller(planned, path) if request.target == "docker" else None
     full = with_files(planned, path, facts.cpu_count, slurm or docker)
     return Decided(planned, full, facts, output, recipe, slurm, docker)
 
@@ -295,9 +302,12 @@ def show(
         width=shutil.get_terminal_size((100, 24)).columns,
     )
     show_lines(decided.recipe, lines, to_stderr=to_stderr)
-    for name in (SCRIPT, docker.SCRIPT) if script else ():
+    for name in (SCRIPT, first_script(decided.plan.files)) if script else ():
         if name in decided.plan.files:
             click.echo(f"\n{decided.plan.files[name]}", nl=False)
+    carried = carried_files(decided.plan.files) if script else ()
+    if carried:
+        click.echo(f"\nUnder files of --json, for machines without ssh: {', '.join(carried)}")
 
 
 def claim_output(decided: Decided, run_directory: RunDirectory, *, goes_on: bool) -> None:

@@ -6,6 +6,7 @@ on any machine. A container that Docker starts again goes on from the last whole
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from launcher.errors import ExitCode
 from launcher.launch.local import launch
 from launcher.plan.types import plan_from_json
 from launcher.render.text import progress_text
-from launcher.render.torchrun import launch_environment
+from launcher.render.torchrun import launch_environment, torchrun_argv
 from launcher.runs.directory import RunDirectory
 
 SAY_SECONDS = 10.0
@@ -28,6 +29,9 @@ def main(arguments: list[str]) -> int:
     if run.read_status().get("state") == "completed":
         return ExitCode.DONE  # started again after the last word was written
     plan = plan_from_json(json.loads(run.plan.read_text(encoding="utf-8")))
+    # The plan's own command starts this container.
+    argv = torchrun_argv(plan.topology, plan.worker.limits, str(run.path), run.path.name)
+    plan = dataclasses.replace(plan, command=argv)
     processors = len(os.sched_getaffinity(0))
     environment = launch_environment(plan.topology, processors, plan.worker.limits["max_restarts"])
     code, failure = launch(plan, run, environment, Speaker(run).poll)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ def launch(
     run: RunDirectory,
     environment: Mapping[str, str],
     on_poll: Callable[[], None],
+    argv: Sequence[str] | None = None,
 ) -> tuple[ExitCode, Failure | None]:
     """Run the plan's command to its end.
 
@@ -124,21 +125,46 @@ def launch(
         run: whose files are written.
         environment: added to this process's own.
         on_poll: called about ten times a second.
+        argv: starts the ranks; `start_argv` without it.
 
     Returns:
         DONE, RUN_FAILED with the first failing rank's error, or PREEMPTED.
     """
-    attempt = int(run.read_status().get("attempt") or 0) + 1
+    attempt = next_attempt(run)
     run.logs(attempt).mkdir(parents=True, exist_ok=True)
     run.update_status(state="running", attempt=attempt, stage="starting", error=None)
     # The plan may be another at the next attempt: each keeps what it ran.
     shutil.copyfile(run.plan, run.logs(attempt) / "plan.json")
-    argv = start_argv(plan)
-    with (
-        run.launcher_log(attempt).open("ab") as log,
-        StopSignals() as stop,
-        Presence(run) as presence,
-    ):
+    with StopSignals() as stop, Presence(run) as presence:
+
+        def look() -> None:
+            presence.refresh()
+            on_poll()
+
+        started = argv or start_argv(plan)
+        code = run_ranks(plan, run, attempt, started, environment, stop=stop, on_poll=look)
+    on_poll()
+    return outcome(run, code, stopped=stop.asked)
+
+
+def next_attempt(run: RunDirectory) -> int:
+    """Number of the attempt that starts now."""
+    return int(run.read_status().get("attempt") or 0) + 1
+
+
+def run_ranks(
+    plan: Plan,
+    run: RunDirectory,
+    attempt: int,
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    stop: StopSignals,
+    on_poll: Callable[[], None],
+    node: int = 0,
+) -> int:
+    """Run one node's ranks to their end, whatever ends them; returns their agent's exit code."""
+    with run.launcher_log(attempt, node).open("ab") as log:
         log.write(f"{shell_line(argv)}\n".encode())
         log.flush()
         process = subprocess.Popen(
@@ -160,14 +186,7 @@ def launch(
             preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
         patience = float(plan.worker.limits["shutdown_timeout_seconds"])
-
-        def look() -> None:
-            presence.refresh()
-            on_poll()
-
-        code = _watch(process, run, stop, patience, look)
-    on_poll()
-    return outcome(run, code, stopped=stop.asked)
+        return _watch(process, run, stop, patience, on_poll)
 
 
 def start_argv(plan: Plan) -> list[str]:
@@ -182,9 +201,13 @@ def start_argv(plan: Plan) -> list[str]:
     if plan.topology.device == "cpu":
         ranks = str(plan.topology.gpus)
         return [sys.executable, "-m", "launcher.train.agent", ranks, run_directory]
+    return own_torchrun(plan.command)
+
+
+def own_torchrun(argv: Sequence[str]) -> list[str]:
+    """A torchrun line with the program that stands beside this interpreter."""
     beside = Path(sys.executable).with_name("torchrun")
-    program = str(beside) if beside.is_file() else plan.command[0]
-    return [program, *plan.command[1:]]
+    return [str(beside) if beside.is_file() else argv[0], *argv[1:]]
 
 
 def python_path() -> str:
@@ -250,8 +273,17 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-def outcome(run: RunDirectory, code: int, *, stopped: bool) -> tuple[ExitCode, Failure | None]:
-    """What happened, by what the ranks recorded; torchrun's exit code is only a hint."""
+def outcome(
+    run: RunDirectory, code: int, *, stopped: bool, seen: str = ""
+) -> tuple[ExitCode, Failure | None]:
+    """What happened, by what the ranks recorded; torchrun's exit code is only a hint.
+
+    Args:
+        run: whose ranks have ended.
+        code: of their agent.
+        stopped: whether they were asked to stop.
+        seen: what the launcher saw, where that says more than the exit code.
+    """
     status = run.read_status()
     state, attempt = status.get("state"), int(status["attempt"])
     if state == "completed" and run.final.is_dir():
@@ -264,7 +296,7 @@ def outcome(run: RunDirectory, code: int, *, stopped: bool) -> tuple[ExitCode, F
     detail = f"the ranks were ended by signal {-code}" if code < 0 else f"the ranks exited {code}"
     if code == 0:
         detail = "the ranks ended before the run was complete"
-    failure = find_failure(run, attempt, detail)
+    failure = find_failure(run, attempt, seen or detail)
     with contextlib.suppress(OSError):  # a full disk must not hide the failure
         run.update_status(state="failed", error=failure.as_json())
     return ExitCode.RUN_FAILED, failure

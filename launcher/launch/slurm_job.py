@@ -36,6 +36,7 @@ from launcher.render.sbatch import may_requeue
 from launcher.runs.checkpoints import newest_whole
 from launcher.runs.directory import RunDirectory
 from launcher.runs.failures import find_failure
+from launcher.runs.prepared import LOG as PREPARE_LOG
 from launcher.runs.prepared import preparation_error, up_to_date
 from launcher.spec.load import load_spec
 
@@ -98,13 +99,12 @@ def end(run: RunDirectory, job: Mapping[str, str], code: str, at: str = "ranks")
     last = attempts[-1]
     # torchrun's own restarts count on from the attempt that the job began.
     number = max(last.number, int(record.get("attempt") or 0))
-    attempts[-1] = dataclasses.replace(
-        last,
-        to_step=_step(run),
-        end=tell_end(
-            dataclasses.replace(_traces(run, record, last, number), unprepared=at == "preparation")
-        ),
-    )
+    traces = _traces(run, record, last, number)
+    if at == "preparation":
+        # Its step ends at once, at times before the batch shell has heard of a signal.
+        log = _read(run.path / PREPARE_LOG)
+        traces = dataclasses.replace(traces, unprepared=True, log=traces.log + log)
+    attempts[-1] = dataclasses.replace(last, to_step=_step(run), end=tell_end(traces))
     name = _name(record, job)
     rules = read_rules(run, record, name)
     decision = decide(of_submission(attempts, record), rules)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from launcher.plan.adapter import METHODS
 from launcher.plan.checks import Case
 from launcher.plan.types import Advice, Batch, Memory
-from launcher.spec.schema import DockerSpec
 
 
 def advise(case: Case, batch: Batch, memory: Memory) -> tuple[Advice, ...]:
@@ -52,13 +51,6 @@ def unused_keys(case: Case, batch: Batch, memory: Memory) -> Advice | None:
     )
 
 
-def unused_section(case: Case, batch: Batch, memory: Memory) -> Advice | None:
-    """A section for a target that is not in this version."""
-    if case.spec.docker == DockerSpec():
-        return None
-    return Advice("unused_section", "docker: for --on docker, which is not in this version")
-
-
 def remote_code(case: Case, batch: Batch, memory: Memory) -> Advice | None:
     """Code that comes with a model."""
     if not case.spec.model.trust_remote_code:
@@ -74,6 +66,5 @@ ADVICE: tuple[Callable[[Case, Batch, Memory], Advice | None], ...] = (
     tight_memory,
     small_dataset,
     unused_keys,
-    unused_section,
     remote_code,
 )

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from launcher import __version__
 from launcher.plan.types import Plan
+from launcher.render.docker_place import HERE, Place, client
 from launcher.render.quote import shell_block
-from launcher.spec.schema import Spec
+from launcher.spec.schema import Spec, split_mount
 
 SCRIPT = "docker.sh"
 REPOSITORY = "sftlaunch"
@@ -37,6 +38,26 @@ STOP_MARGIN_SECONDS = 30
 GPU_LIMITS = ("--ulimit=memlock=-1", "--ulimit=stack=67108864")
 LOG_OPTIONS = ("--log-opt=max-size=10m", "--log-opt=max-file=3")
 UNSAFE_NAME = re.compile(r"[^a-zA-Z0-9_.-]+")
+# What a run on this machine would take from its environment; not passed where it is unset.
+PASSED = (
+    "COMET_API_KEY",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+    "MLFLOW_TRACKING_URI",
+    "WANDB_API_KEY",
+    "WANDB_MODE",
+    "WANDB_PROJECT",
+)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of models and data that were fetched, and the variable that names it."""
+
+    path: str
+    variable: str
+    writable: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,10 +70,15 @@ class Caller:
     group: int
     host: str
     """The container has its host's name: a run's record says which machine runs it."""
-    caches: tuple[str, ...] = ()
-    """Folders of models and data that were fetched before; mounted read-only."""
+    caches: tuple[Cache, ...] = ()
     devices: tuple[str, ...] = ()
     """InfiniBand and the like."""
+    groups: tuple[int, ...] = ()
+    """Further groups of the user."""
+    daemon: tuple[str, ...] = ()
+    """Options without which this daemon's containers could not write the run directory."""
+    place: Place = HERE
+    """Which daemon is asked, and the container's part among several nodes."""
 
 
 def container_name(run_directory: str) -> str:
@@ -77,26 +103,29 @@ def docker_argv(plan: Plan, spec: Spec, run_directory: str, caller: Caller) -> t
     """
     docker = spec.docker
     return (
-        "docker",
+        *client(caller.place.daemon),
         "run",
         "--detach",
         f"--name={container_name(run_directory)}",
         f"--label={RUN_LABEL}={run_directory}",
         f"--hostname={caller.host}",
+        *caller.place.options(),
         *((f"--restart=on-failure:{docker.restarts}",) if docker.restarts else ()),
         *_limits(plan),
         *_rights(caller),
         *_devices(plan, caller),
-        *(f"--mount={mount}" for mount in _mounts(spec, run_directory, caller)),
+        f"--mount={mount(run_directory, run_directory)}",
+        *(f"--mount={m}" for m in other_mounts(plan, spec, run_directory, caller)),
         # By name: their values never stand in an argv or a file.
-        *(f"--env={name}" for name in sorted(docker.environment)),
+        *(f"--env={name}" for name in sorted({*docker.environment, *PASSED})),
+        *(f"--env={cache.variable}={cache.path}" for cache in caller.caches),
         f"--env=SFTLAUNCH_RUN_DIRECTORY={run_directory}",
         f"--workdir={run_directory}",
         f"--entrypoint={INTERPRETER}",
         *LOG_OPTIONS,
         caller.image,
         "-m",
-        MODULE,
+        *(caller.place.arguments() or (MODULE,)),
         run_directory,
     )
 
@@ -133,6 +162,8 @@ def _limits(plan: Plan) -> tuple[str, ...]:
 def _rights(caller: Caller) -> tuple[str, ...]:
     return (
         f"--user={caller.user}:{caller.group}",
+        *(f"--group-add={group}" for group in caller.groups),
+        *caller.daemon,
         "--read-only",
         # Extensions are built and loaded there; nothing else can be written but the run.
         "--tmpfs=/tmp:exec,mode=1777",
@@ -147,22 +178,28 @@ def _devices(plan: Plan, caller: Caller) -> tuple[str, ...]:
     return (f"--gpus={plan.topology.gpus_per_node}", *(f"--device={d}" for d in caller.devices))
 
 
-def _mounts(spec: Spec, run_directory: str, caller: Caller) -> Iterable[str]:
-    """Values of `--mount`, which Docker refuses where the source does not exist."""
-    yield _mount(run_directory, run_directory)
-    data = spec.dataset
-    named = (spec.model.path, *(data.places() if data else ()))
-    local = {path: None for path in (*named, *caller.caches) if path and path.startswith("/")}
-    for path in local:
+def local_paths(plan: Plan) -> tuple[str, ...]:
+    """A model, data and another run's checkpoint that lie in the file system."""
+    data = plan.worker.dataset or {}
+    sources = (source["path"] for source in data.get("sources") or ())
+    named = (plan.worker.model["path"], data.get("path"), data.get("eval_path"), *sources)
+    local = (p for p in (*named, plan.worker.resume_from) if p and p.startswith("/"))
+    return tuple(dict.fromkeys(local))
+
+
+def other_mounts(plan: Plan, spec: Spec, run_directory: str, caller: Caller) -> Iterable[str]:
+    """Values of `--mount` beside the run's; Docker refuses them where the source is missing."""
+    folders = dict.fromkeys(local_paths(plan), False)
+    folders |= {cache.path: cache.writable for cache in caller.caches}
+    for path, writable in folders.items():
         if not Path(path).is_relative_to(run_directory):
-            yield _mount(path, path, read_only=True)
-    for mount in spec.docker.mounts:
-        source, _, rest = mount.partition(":")
-        target, _, options = rest.partition(":")
-        yield _mount(source, target or source, read_only=options == "ro")
+            yield mount(path, path, read_only=not writable)
+    for said in spec.docker.mounts:
+        source, target, read_only = split_mount(said)
+        yield mount(source, target, read_only=read_only)
 
 
-def _mount(source: str, target: str, *, read_only: bool = False) -> str:
+def mount(source: str, target: str, *, read_only: bool = False) -> str:
     """One value, as Docker's CSV reader takes it back: commas and quotes in paths hold."""
     fields = ["type=bind", f"source={source}", f"target={target}"]
     fields += ["readonly"] if read_only else []
@@ -212,7 +249,9 @@ def docker_script(argv: tuple[str, ...]) -> str:
     return (
         "#!/usr/bin/env bash\n"
         f"# Made by sftlaunch {__version__}. Starts the run's container in the background.\n"
-        f"# Follow: docker logs -f {name}   Stop with a checkpoint: docker stop {name}\n"
+        f"# Follow: docker logs -f {name}\n"
+        f"# Stop with a checkpoint: docker stop {name}\n"
+        f"# Remove what has ended: docker rm {name}\n"
         "set -euo pipefail\n"
         f"docker rm {name} >/dev/null 2>&1 || true\n"
         f"exec {shell_block(argv)}\n"

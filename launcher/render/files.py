@@ -15,8 +15,8 @@ from launcher import __version__
 from launcher.plan.engine import RUN_DIRECTORY
 from launcher.plan.make import Planned, spec_as_mapping
 from launcher.plan.types import Plan
-from launcher.render import docker
-from launcher.render.docker import Caller, docker_argv, docker_script
+from launcher.render.docker import Caller
+from launcher.render.docker_nodes import Nodes, docker_files
 from launcher.render.slurm import (
     PREPARE_SCRIPT,
     SCRIPT,
@@ -47,7 +47,7 @@ def with_files(
     planned: Planned,
     run_directory: str,
     cpu_count: int,
-    target: Origin | Caller | None = None,
+    target: Origin | Caller | Nodes | None = None,
     *,
     script: bool = True,
 ) -> Plan:
@@ -57,8 +57,8 @@ def with_files(
         planned: what was decided.
         run_directory: absolute path of the run.
         cpu_count: processors of a node, for the ranks' thread counts.
-        target: who makes the job, where it goes to Slurm, or who starts the container, where
-            it goes to Docker: a script of theirs stands in place of command.sh then.
+        target: who makes the job, where it goes to Slurm, or who starts the containers, where
+            it goes to Docker: scripts of theirs stand in place of command.sh then.
         script: whether there is one of the two; the tasks of an array have theirs in common.
 
     Raises:
@@ -71,17 +71,17 @@ def with_files(
         "accelerate.yaml": yaml_text(_replaced(planned.engine.accelerate, run_directory)),
         "spec.yaml": spec_text(planned.spec),
     }
+    if planned.engine.deepspeed is not None:
+        files["deepspeed.json"] = json.dumps(planned.engine.deepspeed, indent=2) + "\n"
     if isinstance(target, Origin):
         files[SCRIPT] = job_script(plan, planned.spec, run_directory, target)
         if planned.spec.slurm.prepare == "job":
             files[PREPARE_SCRIPT] = prepare_script(plan, planned.spec, run_directory, target)
-    elif isinstance(target, Caller):
-        argv = docker_argv(plan, planned.spec, run_directory, target)
-        files[docker.SCRIPT] = docker_script(argv)
+    elif isinstance(target, Caller | Nodes):
+        argv, more = docker_files(plan, planned.spec, run_directory, target, files)
+        files |= more
     elif script:
         files["command.sh"] = command_script(argv, environment, plan.topology)
-    if planned.engine.deepspeed is not None:
-        files["deepspeed.json"] = json.dumps(planned.engine.deepspeed, indent=2) + "\n"
     return dataclasses.replace(plan, command=argv, files=files)
 
 

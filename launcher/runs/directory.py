@@ -132,9 +132,9 @@ class RunDirectory:
         """What one rank printed."""
         return self.logs(attempt) / f"rank-{rank}.log"
 
-    def launcher_log(self, attempt: int) -> Path:
-        """What torchrun itself printed."""
-        return self.logs(attempt) / "launcher.log"
+    def launcher_log(self, attempt: int, node: int = 0) -> Path:
+        """What torchrun itself printed; nodes whose launchers do not share one have their own."""
+        return self.logs(attempt) / ("launcher.log" if node == 0 else f"launcher-{node}.log")
 
     def rank_error(self, attempt: int, rank: int) -> Path:
         """A rank's own error, written by it as it fails."""
@@ -143,6 +143,15 @@ class RunDirectory:
     def signals(self, attempt: int) -> Path:
         """What a batch script was sent: a line each, the signal and the job's state."""
         return self.logs(attempt) / "signals"
+
+    @property
+    def container_log(self) -> Path:
+        """The last lines that a container printed, which is removed at its end."""
+        return self.container_log_of(0)
+
+    def container_log_of(self, node: int) -> Path:
+        """The same of one of several nodes."""
+        return self.path / "logs" / ("container.log" if node == 0 else f"container-{node}.log")
 
     @property
     def presence(self) -> Path:

@@ -6,8 +6,11 @@ is gone. `PATTERNS` turns known errors into cause and fix.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +25,8 @@ SECONDARY = re.compile(
     re.IGNORECASE,
 )
 LOG_TAIL_LINES = 15
+# Room that a rank's record of its error needs at most.
+RECORD_BYTES = 2**16
 # Innermost frames of a rank that waits for others.
 WAITING = re.compile(r"torch/(distributed|autograd)/|train/control\.py")
 # The first line of what faulthandler's timer writes.
@@ -214,8 +219,30 @@ def _from_logs(run: RunDirectory, attempt: int, detail: str) -> Failure:
 def _without_record(run: RunDirectory, attempt: int) -> Failure | None:
     """A cause that its rank could not write down itself."""
     logs = _rank_logs(run, attempt)
-    killed = _killed(run, attempt, _read(run.launcher_log(attempt)))
-    return _stuck(run, attempt, logs) or killed or _silent(run, attempt, logs)
+    killed = _killed(run, attempt, _agents_words(run, attempt))
+    full = _full_disk(run, attempt)
+    return full or _stuck(run, attempt, logs) or killed or _silent(run, attempt, logs)
+
+
+def _full_disk(run: RunDirectory, attempt: int) -> Failure | None:
+    """A disk without room for the very record of its rank."""
+    try:
+        disk = shutil.disk_usage(run.path)
+    except OSError:
+        return None
+    pattern = match(os.strerror(errno.ENOSPC))
+    # No size at all: not a disk.
+    if not disk.total or disk.free >= RECORD_BYTES or pattern is None:
+        return None
+    log = str(run.launcher_log(attempt).relative_to(run.path))
+    error = f"nothing more can be written to {run.path}"
+    return Failure(None, error, pattern.cause, pattern.fix, log, ())
+
+
+def _agents_words(run: RunDirectory, attempt: int) -> str:
+    """What the nodes' agents printed, the first node's first."""
+    paths = (run.launcher_log(attempt), *sorted(run.logs(attempt).glob("launcher-*.log")))
+    return "\n".join(map(_read, paths))
 
 
 def _rank_logs(run: RunDirectory, attempt: int) -> dict[int | None, str]:

@@ -50,6 +50,14 @@ def explain(
             fix=f"add `{missing}: ...`, or pass --{missing.split('.')[0]}",
         )
     given = problem.get("input")
+    if isinstance(given, str) and "environment" in key and "=" in given:
+        variable = given.partition("=")[0].strip()
+        return SpecError(
+            "value_in_spec",
+            f"{place}: {name} holds a value",  # which may be a secret, and is not repeated
+            why="a spec is written down with every run",
+            fix=f"name the variable alone ({variable}), and set it where sftlaunch is called",
+        )
     if given is None:
         return SpecError(
             "wrong_type", f"{place}: {name} has no value", fix=f"give {name} a value or remove it"

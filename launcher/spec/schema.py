@@ -34,6 +34,13 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 ALL_LINEAR = "all-linear"
 CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+# A host name, or an address of version 6 in brackets; nothing that ssh would take for an option.
+DOCKER_HOST = re.compile(
+    r"unix:///.+"
+    r"|(?:ssh|tcp)://(?:(?P<user>[\w.][\w.-]*)(?P<password>:[^@]*)?@)?"
+    r"(?:[A-Za-z0-9_][\w.-]*|\[[0-9a-fA-F:.]+\])(?::\d+)?/?",
+    re.ASCII,
+)
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -55,7 +62,66 @@ def _is_one_line(value: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_is_one_line)]
-VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
+MOUNT_PARTS = 3
+
+
+def _is_variable_name(value: str) -> str:
+    if not VARIABLE_NAME.fullmatch(value):
+        raise ValueError("it should be the name of a variable alone, whose value is looked up")
+    return value
+
+
+def _is_image_name(value: str) -> str:
+    if not IMAGE_NAME.fullmatch(value):
+        raise ValueError("it should be the name of an image, such as registry/name:tag")
+    return value
+
+
+def split_mount(value: str) -> tuple[str, str, bool]:
+    """SOURCE[:TARGET[:ro]] as source, target, and whether it is read-only.
+
+    Raises:
+        ValueError: where it is anything else; Docker would take a relative source for a volume.
+    """
+    source, *more = value.split(":")
+    target = more[0] if more else source
+    option = more[1] if len(more) > 1 else "rw"
+    known = len(more) < MOUNT_PARTS and option in ("ro", "rw")
+    if not known or not source.startswith("/") or not target.strip("/"):
+        raise ValueError("it should be SOURCE[:TARGET[:ro]], both absolute paths without a colon")
+    if not target.startswith("/"):
+        raise ValueError(f"its target {target} should be an absolute path")
+    return source, target, option == "ro"
+
+
+def _is_mount(value: str) -> str:
+    split_mount(value)
+    return value
+
+
+def _is_docker_host(value: str) -> str:
+    """A daemon's address as Docker's client takes it; no secret may stand in it."""
+    found = DOCKER_HOST.fullmatch(value)
+    if not found:
+        raise ValueError("it should be ssh://USER@HOST[:PORT], tcp://HOST:PORT or unix:///PATH")
+    if found["password"] is not None:
+        raise ValueError("it holds a password; use a key of ssh")
+    return value
+
+
+VariableName = Annotated[
+    str,
+    AfterValidator(_is_variable_name),
+    Field(json_schema_extra={"pattern": f"^{VARIABLE_NAME.pattern}$"}),
+]
+ImageName = Annotated[str, AfterValidator(_is_image_name)]
+Mount = Annotated[Line, AfterValidator(_is_mount)]
+UserNumbers = Annotated[str, Field(pattern=r"^[0-9]{1,9}(:[0-9]{1,9})?$")]
+DockerHost = Annotated[Line, AfterValidator(_is_docker_host)]
+# A host's name, or its address without brackets.
+Address = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*|[0-9a-fA-F:.]+)$")]
 DirectiveName = Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")]
 
 
@@ -322,19 +388,37 @@ class SlurmSpec(Section):
 class DockerSpec(Section):
     """How containers are started."""
 
-    image: Line | None = Field(None, description="sftlaunch:VERSION if unset, -cpu on CPU.")
-    mounts: list[Line] = Field(
+    image: ImageName | None = Field(None, description="sftlaunch:VERSION if unset, -cpu on CPU.")
+    user: UserNumbers | None = Field(
+        None,
+        description="Numbers of the user and group inside, such as '1000:1000'; who calls if "
+        "unset, and for root the owner of the output folder's parent, or 1000.",
+    )
+    mounts: list[Mount] = Field(
         default_factory=list,
         description="SOURCE[:TARGET[:ro]]; the run, a local model and data, and the Hub cache "
         "come by themselves.",
     )
     environment: list[VariableName] = Field(
-        default_factory=list, description="Variables to pass, by name only."
+        default_factory=list,
+        description="Variables to pass, by name only; those of the Hub and of trackers come by "
+        "themselves.",
     )
     restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="How often Docker starts a failed container again; it resumes."
     )
-    hosts: list[Line] = Field(default_factory=list, description="ssh://user@host, one a node.")
+    hosts: list[DockerHost] = Field(
+        default_factory=list,
+        description="Daemons that start the containers, such as ssh://user@host, one a node; the "
+        "first is the rendezvous.",
+    )
+    addresses: list[Address] | None = Field(
+        None,
+        description="By which the nodes find each other, one a node; those in hosts without it.",
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="Port of the rendezvous on the first node; by the run's path if unset."
+    )
 
 
 class Spec(Section):

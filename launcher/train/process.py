@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 # When the launcher started this attempt, in seconds since the epoch.
@@ -27,6 +28,16 @@ def die_with_parent() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def held_back(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Let signals wait; processes that are started meanwhile never get them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def finish(code: int) -> NoReturn:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from typing import Any
 
 from launcher.plan.types import Plan
 from launcher.runs.directory import RunDirectory
-from launcher.train.process import rank_of
+from launcher.train.control import STOP_SIGNALS
+from launcher.train.process import held_back, rank_of
 
 # transformers pickles the whole argument object there; weights need none of it.
 NOT_KEPT = ("training_args.bin",)
@@ -34,6 +36,8 @@ OF_THIS_RANK = (
     "FSDP_",
 )
 SHOWN_LINES = 3
+# PEFT's name of the one adapter, in the middle of a parameter's name (LoRA) or at its end (IA3).
+ADAPTER_NAME = re.compile(r"\.default(?=\.|$)")
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -93,7 +97,7 @@ def save_fsdp1(trainer: Any, folder: str) -> None:
     if hasattr(module, "peft_config"):
         from safetensors.torch import save_file
 
-        adapter = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
+        adapter = {ADAPTER_NAME.sub("", name): tensor for name, tensor in state.items()}
         save_file(adapter, f"{folder}/{ADAPTER_FILE}", metadata={"format": "pt"})
 
 
@@ -113,18 +117,23 @@ def check_reload(run: RunDirectory, folder: Path) -> None:
     """
     argv = [sys.executable, "-m", "launcher.train.reload", str(run.path), str(folder)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_THIS_RANK)}
-    done = subprocess.run(
-        argv,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    # Whoever asks all processes of a job to stop would end this one, and the save with it.
+    with held_back(STOP_SIGNALS):
+        done = subprocess.run(
+            argv,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
     if done.returncode:
         words = " ".join(done.stderr.strip().splitlines()[-SHOWN_LINES:])
-        raise IncompleteSaveError(f"what was saved does not load in a fresh process: {words}")
+        raise IncompleteSaveError(
+            "what was saved does not load in a fresh process: "
+            f"{words or f'it ended with exit code {done.returncode}'}"
+        )
 
 
 def check_saved(folder: Path, *, adapter: bool) -> None:

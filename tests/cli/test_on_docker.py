@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def test_the_whole_script_is_shown(bare_machine: Path, monkeypatch: pytest.Monke
     assert done.code == 0, done.err
     assert f"sftlaunch:{__version__}-cpu" in done.out
     assert "--read-only" in done.out
+    assert "under files of --json, for machines without ssh: compose.yaml" in done.out.lower()
     assert tree(bare_machine) == {}
 
 
@@ -90,8 +92,65 @@ def test_what_docker_refuses_leaves_no_half_run(text: str, code: str, docker) ->
     assert tree(machine).keys() <= {"runs/"}
 
 
-def test_several_hosts_are_refused(docker) -> None:
+TOKEN = "hf_abcdefghijklmnop"
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "said"),
+    [
+        (f"environment=[HF_TOKEN={TOKEN}]", "value_in_spec", "name the variable alone (HF_TOKEN)"),
+        ("environment=[A B]", "bad_value", "the name of a variable alone"),
+        ("mounts=[data:/data]", "bad_value", "SOURCE[:TARGET[:ro]]"),
+        ("mounts=['/data:data']", "bad_value", "absolute path"),
+        ("mounts=['/data:/']", "bad_value", "SOURCE[:TARGET[:ro]]"),
+        ("mounts=['/data:/data:readonly']", "bad_value", "SOURCE[:TARGET[:ro]]"),
+        ("mounts=['/a:/b:ro:z']", "bad_value", "SOURCE[:TARGET[:ro]]"),
+        ("image=--privileged", "bad_value", "the name of an image"),
+        ("user=somebody", "bad_value", "docker.user"),
+        ("restarts=-1", "bad_value", "docker.restarts"),
+    ],
+)
+def test_a_wrong_spec(setting: str, code: str, said: str, bare_machine: Path) -> None:
+    done = sftlaunch("--on=docker", "--device=cpu", "--json", f"--set=docker.{setting}")
+    assert (done.code, done.json["error"]["code"]) == (2, code)
+    assert said in done.err
+    assert done.err.count("\n") == 1
+    assert TOKEN not in done.err + done.out
+    assert tree(bare_machine) == {}
+
+
+@pytest.mark.parametrize(
+    ("security", "options"),
+    [
+        ('["name=seccomp,profile=default"]', []),
+        ('["name=userns"]', ["--userns=host"]),
+        ('["name=selinux"]', ["--security-opt=label=disable"]),
+        ('["name=rootless"]', ["--user=0:0"]),
+    ],
+)
+def test_what_the_daemon_asks_for(
+    security: str, options: list[str], docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     docker()
-    done = sftlaunch("plan", "--on=docker", "--device=cpu", "--nodes=2", "--gpus=2")
-    assert done.code == 4
-    assert "--on slurm" in done.err
+    from launcher.launch import docker as engine
+    from launcher.render.docker import Caller
+
+    def say(argv, limit_seconds=0):
+        return subprocess.CompletedProcess(argv, 0, security, "")
+
+    monkeypatch.setattr(engine, "ask", say)
+    found = engine.as_daemon_has_it(Caller("image", 1000, 1000, "host"))
+    words = [*found.daemon, *(["--user=0:0"] if found.user == 0 else [])]
+    assert words == options
+
+
+def test_several_nodes_without_hosts_are_scripts_to_carry_there(docker) -> None:
+    machine = docker()
+    asked = ("--on=docker", "--device=cpu", "--nodes=2", "--gpus=2", "--json")
+    done = sftlaunch("plan", *asked)
+    assert done.code == 0, done.err
+    assert {"docker-node-0.sh", "docker-node-1.sh", "cloud-init-1.yaml"} <= set(done.json["files"])
+    done = sftlaunch("run", *asked)
+    assert (done.code, done.json["error"]["code"]) == (2, "docker_hosts")
+    assert "--docker-host ssh://USER@HOST" in done.err
+    assert tree(machine) == {}

@@ -11,6 +11,7 @@ facts.yaml, all keys optional:
     dataset: {format, rows, mean_characters, conversational}
     chat_template: false for a tokenizer without one
     slurm: true for a run on Slurm
+    docker: true for a run in containers
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pytest
 import yaml
 
 from launcher import __version__
+from launcher.cli.on_hosts import on_hosts
 from launcher.errors import Refusal
 from launcher.facts.dataset import DatasetFacts
 from launcher.facts.gpus import Gpu
@@ -31,6 +33,7 @@ from launcher.facts.model import probe_model
 from launcher.facts.probe import Facts, _planned_gpu
 from launcher.plan.make import make_plan
 from launcher.plan.types import plan_from_json
+from launcher.render.docker import Cache, Caller
 from launcher.render.files import with_files
 from launcher.render.slurm import Origin
 from launcher.render.text import plan_lines
@@ -45,6 +48,9 @@ if TYPE_CHECKING:
 CASES = Path(__file__).parent / "cases"
 NAMES = sorted(path.parent.name for path in CASES.glob("*/spec.yaml"))
 WIDTH = 100
+CALLER = Caller(
+    "registry.example/sftlaunch:1", 1000, 1000, "laptop", (Cache("/home/me/cache", "HF_HOME"),)
+)
 ORIGIN = Origin("sftlaunch spec.yaml --on slurm", "/opt/sft/bin/python", "/opt/sft/lib")
 
 
@@ -103,8 +109,11 @@ def render_case(name: str, scratch: Path) -> tuple[dict[str, str], Plan | None]:
         return {"refusal.txt": _refusal_text(refusal)}, None
     said = yaml.safe_load((folder / "facts.yaml").read_text("utf-8")) or {}
     try:
-        slurm = ORIGIN if said.get("slurm") else None
-        plan = with_files(planned, f"/runs/{name}", facts.cpu_count, slurm)
+        run = f"/runs/{name}"
+        target: Any = ORIGIN if said.get("slurm") else None
+        if said.get("docker"):
+            target = on_hosts(planned.spec, run, planned.plan.topology.nodes, CALLER)
+        plan = with_files(planned, run, facts.cpu_count, target)
     except Refusal as refusal:
         return {"refusal.txt": _refusal_text(refusal)}, None
     lines = plan_lines(

@@ -92,9 +92,12 @@ def keys(model: type[BaseModel] = Spec, prefix: str = "") -> Iterator[tuple[str,
 
 
 SOURCE = {"name": None, "split": "train", "columns": {}, "weight": None}
-# One name becomes a list of it, and a source is a mapping, so the lists are written out.
+# Written out: one name becomes a list of it, a source is a mapping, some texts have a form.
 KEYS = {
     **dict(keys()),
+    "docker.hosts": (["ssh://a"], ["ssh://a", "ssh://b"]),
+    "docker.mounts": (["/a"], ["/a", "/b"]),
+    "docker.user": ("1000", "1000:1000"),
     "lora.target_modules": (["q_proj"], ["q_proj", "v_proj"]),
     "dataset.sources": tuple([{**SOURCE, "path": path}] for path in "ab"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from launcher.facts.probe import Facts
 from launcher.plan.make import make_plan
-from launcher.render.docker import SCRIPT, Caller, container_name, docker_argv
+from launcher.render.docker import PASSED, SCRIPT, Cache, Caller, container_name, docker_argv
 from launcher.render.files import with_files
 from launcher.spec.schema import Spec
 from tests.support import HOSTILE_NAMES
@@ -24,8 +25,10 @@ CALLER = Caller(
     1000,
     1001,
     "node",
-    ("/home/me/.cache/huggingface",),
+    (Cache("/home/me/.cache/huggingface", "HF_HOME"), Cache("/data/hub", "HF_HUB_CACHE", False)),
     ("/dev/infiniband",),
+    (2000,),
+    ("--userns=host",),
 )
 FACTS = Facts(gpus=(), gpu=None, model=None, dataset=None, held_out=None, cpu_count=8)
 
@@ -53,6 +56,8 @@ def test_what_a_container_run_gets_wrong_by_default_is_right() -> None:
         "--init",
         "--gpus=2",
         "--user=1000:1001",
+        "--group-add=2000",
+        "--userns=host",
         "--read-only",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
@@ -89,10 +94,9 @@ def test_on_cpu_there_are_no_gpus_to_ask_for() -> None:
 
 def test_variables_go_by_name() -> None:
     _, argv = plan_of(docker={"environment": ["HF_TOKEN", "AB"]})
-    assert [word for word in argv if word.startswith("--env=")][:2] == [
-        "--env=AB",
-        "--env=HF_TOKEN",
-    ]
+    named = [word for word in argv if word.startswith("--env=") and word.count("=") == 1]
+    assert named == [f"--env={name}" for name in sorted({"AB", *PASSED})]
+    assert "HF_TOKEN" in PASSED
 
 
 def test_model_and_data_are_read_only_and_the_run_is_not() -> None:
@@ -102,8 +106,28 @@ def test_model_and_data_are_read_only_and_the_run_is_not() -> None:
         "/runs/x": False,
         "/models/m": True,
         "/data/t.jsonl": True,
-        "/home/me/.cache/huggingface": True,
+        "/home/me/.cache/huggingface": False,
+        "/data/hub": True,
     }
+
+
+def test_caches_are_where_their_variables_say() -> None:
+    _, argv = plan_of()
+    assert "--env=HF_HOME=/home/me/.cache/huggingface" in argv
+    assert "--env=HF_HUB_CACHE=/data/hub" in argv
+
+
+def test_a_checkpoint_to_start_from_is_mounted() -> None:
+    plan, _ = plan_of()
+    worker = dataclasses.replace(plan.worker, resume_from="/runs/old/checkpoints/checkpoint-8")
+    planned = make_plan(Spec.model_validate({"model": "m"}), FACTS)
+    moved = dataclasses.replace(plan, worker=worker)
+    (found,) = [
+        mount
+        for mount in mounts(docker_argv(moved, planned.spec, "/runs/x", CALLER))
+        if mount["target"].startswith("/runs/old")
+    ]
+    assert "readonly" in found
 
 
 @pytest.mark.parametrize("mount", ["/a:/b:ro", "/a:/b", "/a"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -326,3 +327,13 @@ def test_where_all_left_nobody_is_silent(run: RunDirectory) -> None:
     record(run, 0, "Read error [127.0.0.1]:5784: Connection reset by peer")
     found = find(run, rank_0=f"{LEFT}\n", rank_1=f"{LEFT}\n")
     assert found.rank == 0
+
+
+@pytest.mark.parametrize(("free", "said"), [(0, True), (2**20, False)])
+def test_a_disk_too_full_for_a_record(
+    free: int, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type(shutil.disk_usage(tmp_path))(2**30, 2**30 - free, free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    found = find_failure(RunDirectory(tmp_path), 1, DETAIL)
+    assert (found.cause == "the disk is full") == said

@@ -114,6 +114,7 @@ def test_the_first_attempt_always_begins() -> None:
         # A preemption or a limit while it prepares is told by the signal.
         ("running", ["TERM COMPLETING 1"], {"unprepared": True}, End.PREEMPTED),
         ("running", ["USR1 RUNNING 0"], {"unprepared": True}, End.TIMEOUT),
+        ("running", [], {"unprepared": True, "log": "DUE TO PREEMPTION ***"}, End.PREEMPTED),
     ],
 )
 def test_ends_are_told_apart(

@@ -42,12 +42,15 @@ def submit_and_follow(decided: DecidedSweep, left: Sequence[int], request: Reque
         if request.json:
             show_states(fresh, as_json=True)
         return ExitCode.DONE
-    if not followed("job array", job, partial(follow_sweep, fresh)):
-        return ExitCode.DONE
-    return end_of(fresh, request.json)
+    return end_of(fresh, request.json) if follow_jobs(fresh, job) else ExitCode.DONE
 
 
-def follow_sweep(sweep: SweepDirectory) -> None:
+def follow_jobs(sweep: SweepDirectory, job: int) -> bool:
+    """Follow a sweep to its end, unless the user has seen enough: its jobs go on then."""
+    return followed("job array", job, partial(_follow, sweep))
+
+
+def _follow(sweep: SweepDirectory) -> None:
     """Show a sweep's progress until none of its jobs is left."""
     from launcher.launch.slurm_array import live_tasks
 

@@ -68,7 +68,8 @@ def _nothing_left(decided: DecidedSweep, request: Request) -> ExitCode:
     click.echo(f"{decided.output}: no run is left to start", err=True)
     live = ask_live(decided.sweep)
     if live and not request.detach:
-        from launcher.cli.sweep.slurm import follow_sweep
+        from launcher.cli.sweep.slurm import follow_jobs
 
-        follow_sweep(decided.sweep)
+        if not follow_jobs(decided.sweep, max(decided.sweep.read().jobs)):
+            return ExitCode.DONE
     return end_of(decided.sweep, request.json)
