@@ -48,6 +48,7 @@ test-all: lint cluster ## the same with the long matrices
 
 bench: $(VENV)/.train ## figures of docs/ and bench/, made again
 	$(BIN)/python -m bench.startup
+	$(BIN)/python -m bench.data_check
 	$(BIN)/python -m bench.first_step
 	$(BIN)/python -m bench.matrix --write
 	$(BIN)/python -m bench.parity --write

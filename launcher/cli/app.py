@@ -32,7 +32,7 @@ SHORT_HELP = {
     "run": "Plan, then launch (also without the word run).",
     "plan": "Say what would happen; starts nothing, needs no GPU.",
     "cancel": "Stop a run, with a checkpoint unless told otherwise.",
-    "data": "Tokenise a run's rows ahead of it (data prepare).",
+    "data": "Look at a run's rows, tokenise them ahead of it (data check, data prepare).",
     "doctor": "Say whether this machine, or a cluster's nodes, are ready.",
     "generate": "Ask a finished run's model.",
     "image": "Build the container image (image build).",

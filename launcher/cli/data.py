@@ -1,4 +1,4 @@
-"""`data prepare`: make a run's rows ready where there is a network, ahead of the run."""
+"""`data check` and `data prepare`: look at a run's rows, and make them ready, ahead of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from launcher.cli.check import check
 from launcher.cli.on_slurm import show_error
 from launcher.cli.options import make_request, plan_options
 from launcher.cli.refusals import unwritable
@@ -24,6 +25,9 @@ from launcher.runs.prepared import LOG, preparation_error, read_record, up_to_da
 @click.group()
 def data() -> None:
     """Work on a run's rows before the run."""
+
+
+data.add_command(check)
 
 
 @data.command(context_settings={"max_content_width": 100})

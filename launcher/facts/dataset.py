@@ -7,44 +7,31 @@ network connection; what cannot be sampled lightly is left unknown.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING
 
 from launcher.errors import SpecError
+from launcher.facts.rows import (
+    COMPRESSED,
+    MIB,
+    Read,
+    is_array,
+    kind_of,
+    lines_of,
+    open_rows,
+    place,
+    read_rows,
+)
+from launcher.facts.shapes import BadRowError, Format, detect, measure, rename
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from typing import IO
-
-Format = Literal["text", "prompt_completion", "messages", "conversations", "alpaca", "input_ids"]
-Row = dict[str, Any]
+    from collections.abc import Mapping
 
 _SAMPLE_ROWS = 200
-_MIB = 2**20
 # Counting rows reads the file: 64 MiB of lines take about 50 ms; CSV and gzip are slower.
-_COUNTED_BYTES = {"lines": 64 * _MIB, "csv": 4 * _MIB, "gzip": 4 * _MIB, "array": 16 * _MIB}
-_CHARACTERS_PER_TOKEN = 4  # the usual rate of English text; used where a row holds tokens
-_QUOTED = 60
-
-# Format, the columns that it needs, what one row looks like. Searched in this order.
-# Source: TRL 1.16 documentation, "Dataset formats"; alpaca and conversations are turned
-# into messages by the launcher.
-_FORMATS: tuple[tuple[Format, tuple[str, ...], str], ...] = (
-    ("input_ids", ("input_ids",), "input_ids: [1, 2, 3]"),
-    ("messages", ("messages",), "messages: [{role, content}, ...]"),
-    ("conversations", ("conversations",), "conversations: [{from, value}, ...]"),
-    ("prompt_completion", ("prompt", "completion"), "prompt and completion"),
-    ("alpaca", ("instruction", "output"), "instruction, output (and input)"),
-    ("text", ("text",), "text: a string"),
-)
-
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
-_SPEAKERS = _ROLES | {
-    "human", "gpt", "chatgpt", "bot", "model", "observation", "function_call", "function_response",
-}  # fmt: skip
+_COUNTED_BYTES = {"lines": 64 * MIB, "csv": 4 * MIB, "zipped": 4 * MIB, "array": 16 * MIB}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,26 +63,28 @@ class DatasetFacts:
     """Columns of the sampled rows, in order of appearance, after renaming."""
 
     conversational: bool
-    """Whether rows hold messages with roles, so that a chat template is needed."""
+    """Whether rows are, or become, messages with roles: a chat template is needed."""
 
     file_bytes: int
     """Size of the file in bytes, as stored."""
 
+    folder: bool = False
+    """Whether it is one file of a folder: its rows are not all."""
 
-class _BadRowError(Exception):
-    """What is wrong with one row; the reader adds where it is."""
 
-
-def probe_dataset(path: str, columns: Mapping[str, str] | None = None) -> DatasetFacts | None:
-    """Facts about a local .jsonl, .json, .csv or .txt file, gzipped or not.
+def probe_dataset(
+    path: str, columns: Mapping[str, str] | None = None, *, drop_bad: bool = False
+) -> DatasetFacts | None:
+    """Facts about a local .jsonl, .json, .csv, .tsv or .txt file, compressed or not, or a folder.
 
     Args:
         path: a file, a folder, or a Hub name.
         columns: the trainer's column name to the file's own, where they differ.
+        drop_bad: go on behind a row that cannot be used; the run leaves it out.
 
     Returns:
-        The facts; None for a Hub name, a folder, and a file that cannot be sampled
-        without the `datasets` library (Parquet, Arrow, a very large JSON array).
+        The facts; None for a Hub name, and a file that cannot be sampled
+        without the `datasets` library (Parquet, Arrow, .zst, a very large JSON array).
 
     Raises:
         SpecError: `dataset_not_found`, `dataset_empty`, `dataset_bad_row`,
@@ -111,13 +100,37 @@ def probe_dataset(path: str, columns: Mapping[str, str] | None = None) -> Datase
                 fix="correct `dataset`, or give a Hub name like `organisation/name`",
             )
         return None
-    kind = _kind(file)
-    if file.is_dir() or kind is None:
+    if file.is_dir():
+        return _probe_folder(path, file, columns or {}, drop_bad=drop_bad)
+    kind = kind_of(file)
+    if kind is None or file.suffix.lower() == ".zst":
         return None
     if file.stat().st_size == 0:
         raise _empty(path)
     sample = _sample(file, kind)
-    return _describe(path, file, kind, sample, dict(columns or {}))
+    return _describe(path, file, kind, sample, dict(columns or {}), drop_bad)
+
+
+def _probe_folder(
+    path: str, folder: Path, columns: Mapping[str, str], *, drop_bad: bool
+) -> DatasetFacts | None:
+    """Facts of the first file that rows are trained on; their number is unknown.
+
+    Which files belong to a split is the business of `datasets`: none is guessed here but
+    that a name with `train` in it is one.
+    """
+    files = sorted(path for path in folder.rglob("*") if _is_sampled(path, folder))
+    named = [file for file in files if "train" in file.name.lower()]
+    for file in (named or files)[:1]:
+        found = probe_dataset(str(file), columns, drop_bad=drop_bad)
+        return found and replace(found, path=path, rows=None, rows_exact=False, folder=True)
+    return None
+
+
+def _is_sampled(file: Path, folder: Path) -> bool:
+    """A file of rows; JSON in a folder may also be its description, and is left alone."""
+    hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+    return not hidden and kind_of(file) not in (None, "json", "txt") and file.is_file()
 
 
 def _looks_local(path: str) -> bool:
@@ -125,17 +138,9 @@ def _looks_local(path: str) -> bool:
     return (
         path.startswith((".", "/", "~"))
         or path.count("/") > 1
-        or _kind(Path(path)) is not None
+        or kind_of(Path(path)) is not None
         or path.endswith((".parquet", ".arrow"))
     )
-
-
-def _kind(file: Path) -> str | None:
-    """How to read a file, by its name: `lines`, `json`, `csv`, `txt`; None for the others."""
-    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    last = suffixes[-1].lower() if suffixes else ""
-    kinds = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".txt": "txt"}
-    return kinds.get(last)
 
 
 def _empty(path: str) -> SpecError:
@@ -146,152 +151,70 @@ def _empty(path: str) -> SpecError:
     )
 
 
-def _open(file: Path) -> IO[bytes]:
-    if file.suffix != ".gz":
-        return file.open("rb")
-    import gzip  # noqa: PLC0415 - only a compressed file pays for it
-
-    return cast("IO[bytes]", gzip.open(file, "rb"))
+def _is_array(file: Path, kind: str) -> bool:
+    return kind == "json" and is_array(file)
 
 
-def _sample(file: Path, kind: str) -> list[tuple[int, Row]] | None:
-    """The first rows with their line (in an array: row) numbers; None where it is too large."""
-    readers: dict[str, Callable[[IO[bytes], Path], Iterator[tuple[int, Row]]]] = {
-        "lines": _read_lines,
-        "json": _read_lines,
-        "csv": _read_csv,
-        "txt": _read_text,
-    }
-    if kind == "json" and _is_array(file):
-        if file.stat().st_size > _COUNTED_BYTES["array"]:
-            return None
-        return list(_read_array(file))
-    try:
-        with _open(file) as stream:
-            return list(islice(readers[kind](stream, file), _SAMPLE_ROWS))
-    except (EOFError, OSError) as error:  # a gzip stream that was cut short or is none
-        raise SpecError(
-            "dataset_bad_row",
-            f"{file} cannot be read",
-            why=str(error),
-            fix="write or download the file again",
-        ) from None
+def _sample(file: Path, kind: str) -> list[Read] | None:
+    """The first rows; None where the file is one array that is too large to be read now."""
+    array = _is_array(file, kind)
+    if array and file.stat().st_size > _COUNTED_BYTES["array"]:
+        return None
+    return list(islice(read_rows(file, kind), None if array else _SAMPLE_ROWS))
 
 
-def _is_array(file: Path) -> bool:
-    try:
-        with _open(file) as stream:
-            return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    except (EOFError, OSError):
-        return False
+def place_kind(file: Path, kind: str) -> str:
+    """What `place` needs to know: rows of an array have no lines of their own."""
+    return "array" if _is_array(file, kind) else kind
 
 
-def _read_lines(stream: IO[bytes], file: Path) -> Iterator[tuple[int, Row]]:
-    """Rows of a JSON Lines file; blank lines are skipped, as `datasets` does."""
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            yield number, _parse_object(line, f"{file}:{number}")
-
-
-def _parse_object(line: bytes, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        reason = "not valid UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise _bad_row(where, f"invalid JSON: {reason}") from None
-    if not isinstance(row, dict):
-        raise _bad_row(where, f"a row must be an object, this is {_type_name(row)}")
-    return row
-
-
-def _read_array(file: Path) -> Iterator[tuple[int, Row]]:
-    """Rows of a JSON array, all of them: an array cannot be read in part."""
-    try:
-        with _open(file) as stream:
-            values = json.loads(stream.read())
-    except ValueError as error:
-        line = getattr(error, "lineno", 1)
-        raise _bad_row(f"{file}:{line}", f"invalid JSON: {error}") from None
-    for number, row in enumerate(values, start=1):
-        if not isinstance(row, dict):
-            why = f"a row must be an object, this is {_type_name(row)}"
-            raise _bad_row(f"{file} row {number}", why)
-        yield number, row
-
-
-def _read_csv(stream: IO[bytes], file: Path) -> Iterator[tuple[int, Row]]:
-    import codecs  # noqa: PLC0415 - only a CSV file pays for them
-    import csv  # noqa: PLC0415
-
-    reader = csv.DictReader(codecs.iterdecode(stream, "utf-8-sig"))
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise _bad_row(
-                    f"{file}:{reader.line_num}",
-                    f"the header names {len(reader.fieldnames or ())} columns, this row has "
-                    f"{'more' if None in row else 'fewer'}",
-                )
-            yield reader.line_num, dict(row)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise _bad_row(f"{file}:{reader.line_num + 1}", str(error)) from None
-
-
-def _read_text(stream: IO[bytes], file: Path) -> Iterator[tuple[int, Row]]:
-    """One row a line, as `load_dataset("text")` reads it."""
-    for number, line in enumerate(stream, start=1):
-        try:
-            yield number, {"text": line.decode("utf-8").rstrip("\r\n")}
-        except UnicodeDecodeError as error:
-            raise _bad_row(f"{file}:{number}", str(error)) from None
-
-
-def _bad_row(where: str, why: str) -> SpecError:
-    return SpecError(
-        "dataset_bad_row",
-        f"{where}: {why}",
-        fix="correct or remove the row",
-    )
-
-
-def _type_name(value: Any) -> str:
-    """A JSON value's type in JSON's own words."""
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
-    names |= {int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+def bad_row(where: str, error: BadRowError) -> SpecError:
+    """A row that cannot be used."""
+    return SpecError("dataset_bad_row", f"{where}: {error}", fix=error.fix)
 
 
 def _describe(
     path: str,
     file: Path,
     kind: str,
-    sample: list[tuple[int, Row]] | None,
+    sample: list[Read] | None,
     renames: dict[str, str],
+    drop_bad: bool,
 ) -> DatasetFacts | None:
     """Facts from the sampled rows, each of which is checked."""
     if sample is None:
         return None
     if not sample:
         raise _empty(path)
-    rows = [(number, _rename(row, renames)) for number, row in sample]
-    names = tuple(dict.fromkeys(name for _, row in rows for name in row))
-    form = _detect(path, names)
-    lengths = []
-    conversational = form in {"messages", "conversations"}
-    for number, row in rows:
+    shown = place_kind(file, kind)
+    unread = next((read for read in sample if read.error is not None), None)
+    if unread is not None and unread.error is not None and not drop_bad:
+        raise bad_row(place(file, shown, unread.number), unread.error)
+    rows = [rename(read.row, renames) for read in sample if read.row is not None]
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
+    form = detect(path, names) if rows else None
+    lengths, refused = [], None
+    conversational = form in {"messages", "conversations", "alpaca"}
+    for read in sample:
         try:
-            characters, is_chat = _measure(row, form)
-        except _BadRowError as error:
-            raise _bad_row(f"{file}:{number}", str(error)) from None
+            characters, is_chat = _measure(read, form, renames)
+        except BadRowError as error:
+            refused = refused or bad_row(place(file, shown, read.number), error)
+            if not drop_bad:
+                raise refused from None
+            continue
         lengths.append(characters)
         conversational = conversational or is_chat
+    if form is None or not lengths:
+        assert refused is not None  # noqa: S101 - there are rows, and all are bad
+        raise refused
     count, exact = _count_rows(file, kind, sample)
     return DatasetFacts(
         path=path,
         format=form,
         rows=count,
         rows_exact=exact,
-        sampled_rows=len(rows),
+        sampled_rows=len(lengths),
         mean_characters=sum(lengths) / len(lengths),
         max_characters=max(lengths),
         columns=names,
@@ -300,141 +223,32 @@ def _describe(
     )
 
 
-def _rename(row: Row, renames: dict[str, str]) -> Row:
-    """The row with the trainer's column names: `renames` is ours to the file's."""
-    back = {theirs: ours for ours, theirs in renames.items()}
-    return {back.get(name, name): value for name, value in row.items()}
+def _measure(read: Read, form: Format | None, renames: dict[str, str]) -> tuple[int, bool]:
+    if read.row is None or form is None:
+        raise read.error or BadRowError("it cannot be read")
+    return measure(rename(read.row, renames), form)
 
 
-def _detect(path: str, columns: tuple[str, ...]) -> Format:
-    """The first format whose columns are all there."""
-    for form, needed, _ in _FORMATS:
-        if all(name in columns for name in needed):
-            return form
-    raise SpecError(
-        "dataset_unknown_format",
-        f"the dataset {path} is in no known format",
-        why=f"its columns are {', '.join(columns) or 'none'}; a format needs one of: "
-        + "; ".join(words for _, _, words in _FORMATS),
-        fix="rename the columns, or map them with `dataset.columns`",
-        source="https://huggingface.co/docs/trl/dataset_formats",
-    )
-
-
-def _measure(row: Row, form: Format) -> tuple[int, bool]:
-    """Characters of a row's text, and whether it holds messages; raises `_BadRowError`."""
-    for name in next(needed for name, needed, _ in _FORMATS if name == form):
-        if row.get(name) is None:
-            raise _BadRowError(f"`{name}` is missing, which the format {form} needs")
-    match form:
-        case "messages":
-            return _measure_turns(row["messages"], "messages", "role", "content", _ROLES), True
-        case "conversations":
-            return _measure_conversations(row["conversations"]), True
-        case "prompt_completion":
-            return _measure_pair(row)
-        case "alpaca":
-            names = ("instruction", "input", "output")
-            return sum(_text_length(row, name) for name in names if row.get(name)), False
-        case "text":
-            return _text_length(row, "text"), False
-        case _:
-            return _measure_tokens(row["input_ids"]), False
-
-
-def _text_length(row: Row, name: str) -> int:
-    value = row[name]
-    if not isinstance(value, str):
-        raise _BadRowError(f"`{name}` must be a string, this is {_type_name(value)}")
-    return len(value)
-
-
-def _measure_tokens(value: Any) -> int:
-    if not isinstance(value, list) or not value:
-        raise _BadRowError("`input_ids` must be a list of token numbers with at least one in it")
-    if not all(isinstance(token, int) and token >= 0 for token in value):
-        raise _BadRowError("`input_ids` must hold token numbers of 0 or more")
-    return len(value) * _CHARACTERS_PER_TOKEN
-
-
-def _measure_pair(row: Row) -> tuple[int, bool]:
-    """Prompt and completion: both strings, or both lists of messages."""
-    prompt, completion = row["prompt"], row["completion"]
-    if type(prompt) is not type(completion):
-        raise _BadRowError(
-            f"`prompt` is {_type_name(prompt)} and `completion` is {_type_name(completion)}; "
-            "both must be strings, or both lists of messages"
-        )
-    if not isinstance(prompt, list):
-        return _text_length(row, "prompt") + _text_length(row, "completion"), False
-    total = 0
-    for name in ("prompt", "completion"):
-        total += _measure_turns(row[name], name, "role", "content", _ROLES)
-    return total, True
-
-
-def _measure_conversations(turns: Any) -> int:
-    """`from` and `value` of ShareGPT; some files have `role` and `content` under this name."""
-    first = turns[0] if isinstance(turns, list) and turns else None
-    if isinstance(first, dict) and "role" in first:
-        return _measure_turns(turns, "conversations", "role", "content", _SPEAKERS)
-    return _measure_turns(turns, "conversations", "from", "value", _SPEAKERS)
-
-
-def _measure_turns(turns: Any, name: str, who: str, what: str, known: frozenset[str]) -> int:
-    """Characters of a list of messages, each of which is checked."""
-    if not isinstance(turns, list):
-        raise _BadRowError(f"`{name}` must be a list, this is {_type_name(turns)}")
-    if not turns:
-        raise _BadRowError(f"`{name}` is empty")
-    return sum(
-        _measure_turn(turn, f"{name}[{index}]", who, what, known)
-        for index, turn in enumerate(turns)
-    )
-
-
-def _measure_turn(turn: Any, where: str, who: str, what: str, known: frozenset[str]) -> int:
-    """Characters of one message."""
-    if not isinstance(turn, dict):
-        raise _BadRowError(f"`{where}` must be an object, this is {_type_name(turn)}")
-    if who not in turn:
-        raise _BadRowError(f"`{where}` has no `{who}`; it has {', '.join(turn) or 'nothing'}")
-    if turn[who] not in known:
-        names = ", ".join(sorted(known))
-        raise _BadRowError(f"`{where}` has the unknown {who} {turn[who]!r}; known: {names}")
-    content = turn.get(what)
-    if isinstance(content, str):
-        return len(content)
-    if content is None and turn.get("tool_calls"):
-        return len(json.dumps(turn["tool_calls"]))
-    if isinstance(content, list):
-        return sum(len(str(part.get("text", ""))) for part in content if isinstance(part, dict))
-    if content is None:
-        raise _BadRowError(f"`{where}` has no `{what}`")
-    raise _BadRowError(f"`{where}.{what}` must be a string, this is {_type_name(content)}")
-
-
-def _count_rows(file: Path, kind: str, sample: list[tuple[int, Row]]) -> tuple[int | None, bool]:
+def _count_rows(file: Path, kind: str, sample: list[Read]) -> tuple[int | None, bool]:
     """Rows of the file and whether they were counted; estimated from bytes where it is large."""
-    if len(sample) < _SAMPLE_ROWS or (kind == "json" and _is_array(file)):
+    if len(sample) < _SAMPLE_ROWS or _is_array(file, kind):
         return len(sample), True
-    zipped = file.suffix == ".gz"
+    zipped = file.suffix.lower() in COMPRESSED
     size = file.stat().st_size
-    limit = _COUNTED_BYTES["gzip" if zipped else "csv" if kind == "csv" else "lines"]
+    limit = _COUNTED_BYTES["zipped" if zipped else "csv" if kind == "csv" else "lines"]
     if size <= limit:
         return _count_all(file, kind), True
     if zipped:
         return None, False
     with file.open("rb") as stream:
-        head = sum(len(line) for line in islice(stream, sample[-1][0]))
-    return max(len(sample), round(size * len(sample) / head)), False
+        head = sum(len(line or b"") for _, line in islice(lines_of(stream), sample[-1].number))
+    return max(len(sample), round(size * len(sample) / max(head, 1))), False
 
 
 def _count_all(file: Path, kind: str) -> int:
     """Rows of a file that is small enough to be read."""
-    with _open(file) as stream:
-        if kind == "csv":
-            return sum(1 for _ in _read_csv(stream, file))
-        if kind == "txt":
-            return sum(1 for _ in stream)
-        return sum(1 for line in stream if line.strip())
+    if kind in ("csv", "tsv"):
+        return sum(1 for _ in read_rows(file, kind))
+    with open_rows(file) as stream:
+        lines = lines_of(stream)
+        return sum(1 for _, line in lines if kind == "txt" or line is None or line.strip())

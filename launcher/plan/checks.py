@@ -278,7 +278,7 @@ def answers_to_match(case: Case) -> Refusal | None:
 def local_splits(case: Case) -> Refusal | None:
     """A single file has no split to evaluate on."""
     data, facts = case.spec.dataset, case.facts.dataset
-    if data is None or facts is None or data.eval_split is None:
+    if data is None or facts is None or facts.folder or data.eval_split is None:
         return None
     return SpecError(
         "eval_split",

@@ -27,6 +27,7 @@ TRAINING_KEYS = (
     "fp16",
 )
 TASK = "CAUSAL_LM"
+LATER_KEYS = ("drop_bad", "sources", "weight")
 # What an elastic agent passes on to its ranks; it would die on SIGUSR1 (torch 2.13).
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # None: TRL masks by the assistant tokens instead.
@@ -57,7 +58,7 @@ def make_worker(
             "quantization": _quantization(spec, adapter),
         },
         peft=_peft(spec),
-        dataset=spec.dataset.model_dump() if spec.dataset else None,
+        dataset=_dataset(spec),
         loss=spec.loss,
         evaluation=spec.evaluation.model_dump(),
         samples=spec.samples.model_dump(),
@@ -71,6 +72,17 @@ def make_worker(
         },
         health=spec.health.model_dump(),
     )
+
+
+def _dataset(spec: Spec) -> dict[str, Any] | None:
+    """The dataset's keys; later ones only where they are set.
+
+    What was prepared before they existed stays what it was (launcher.runs.prepared).
+    """
+    if spec.dataset is None:
+        return None
+    values = spec.dataset.model_dump()
+    return {key: value for key, value in values.items() if value or key not in LATER_KEYS}
 
 
 def training_arguments(

@@ -181,7 +181,8 @@ def _devices(plan: Plan, caller: Caller) -> tuple[str, ...]:
 def local_paths(plan: Plan) -> tuple[str, ...]:
     """A model, data and another run's checkpoint that lie in the file system."""
     data = plan.worker.dataset or {}
-    named = (plan.worker.model["path"], data.get("path"), data.get("eval_path"))
+    sources = (source["path"] for source in data.get("sources") or ())
+    named = (plan.worker.model["path"], data.get("path"), data.get("eval_path"), *sources)
     local = (p for p in (*named, plan.worker.resume_from) if p and p.startswith("/"))
     return tuple(dict.fromkeys(local))
 

@@ -56,7 +56,7 @@ def _apptainer(
 def own_paths(spec: Spec) -> tuple[str, ...]:
     """A model and data that lie in the file system."""
     data = spec.dataset
-    named = (spec.model.path, data.path if data else None, data.eval_path if data else None)
+    named = (spec.model.path, *(data.places() if data else ()))
     local = [path for path in named if path and path.startswith("/")]
     return tuple(dict.fromkeys(local))
 

@@ -62,13 +62,17 @@ def sources_of(settings: Mapping[str, Any]) -> dict[str, list[int]]:
     template = settings["training"].get("chat_template_path")
     found = {
         str(path): path
-        for name in (data.get("path"), data.get("eval_path"), template)
+        for name in (data.get("path"), data.get("eval_path"), template, *_further(data))
         for path in _files(name)
     }
     found |= {str(path): path for path in _files(model["path"]) if not path.name.endswith(WEIGHTS)}
     return {
         name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in sorted(found.items())
     }
+
+
+def _further(data: Mapping[str, Any]) -> Iterator[str]:
+    yield from (more["path"] for more in data.get("sources") or ())
 
 
 def _files(name: str | None) -> Iterator[Path]:

@@ -114,9 +114,15 @@ def _anchor(data: dict[str, Any], base: Path) -> None:
         if isinstance(value, str):
             data[section] = local_path(value, base)
         elif isinstance(value, dict):
-            for key in keys:
-                if isinstance(value.get(key), str):
-                    value[key] = local_path(value[key], base)
+            more = value.get("sources")
+            for mapping in (value, *(more if isinstance(more, list) else ())):
+                _anchor_keys(mapping, keys, base)
+
+
+def _anchor_keys(mapping: Any, keys: Sequence[str], base: Path) -> None:
+    for key in keys:
+        if isinstance(mapping, dict) and isinstance(mapping.get(key), str):
+            mapping[key] = local_path(mapping[key], base)
 
 
 def local_path(name: str, base: Path) -> str:

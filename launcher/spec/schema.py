@@ -145,6 +145,21 @@ class ModelSpec(Section):
     trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
 
 
+Weight = Annotated[float, Field(gt=0)]
+
+
+class SourceSpec(Section):
+    """More training rows, mixed with those of `dataset.path`."""
+
+    path: str = Field(description="A local file or folder (relative to the spec), or a Hub name.")
+    name: str | None = Field(None, description="Configuration name of a Hub dataset.")
+    split: str = Field("train", description="Split that is trained on.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renamed columns; those of `dataset` if empty."
+    )
+    weight: Weight | None = Field(None, description="How often its rows come; 1 if unset.")
+
+
 class DatasetSpec(Section):
     """Training rows, and the rows held out for evaluation."""
 
@@ -157,6 +172,18 @@ class DatasetSpec(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Renamed columns: what the loader expects -> yours."
     )
+    drop_bad: bool | None = Field(
+        None, description="Leave out rows that cannot be used; a run ends at one otherwise."
+    )
+    sources: list[SourceSpec] | None = Field(
+        None, description="More training rows: all of them, or by weight where one is set."
+    )
+    weight: Weight | None = Field(None, description="How often rows of `path` come; 1 if unset.")
+
+    def places(self) -> list[str]:
+        """Every path or Hub name that rows come from."""
+        named = [self.path, self.eval_path, *(more.path for more in self.sources or ())]
+        return [name for name in named if name]
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DatasetSpec:

@@ -84,6 +84,8 @@ def check_names(spec: Spec, places: dict[Key, str], origin: str) -> None:
     }
     if spec.dataset:
         names |= {"dataset.path": spec.dataset.path, "dataset.eval_path": spec.dataset.eval_path}
+        more = spec.dataset.sources or ()
+        names |= {f"dataset.sources.{at}.path": one.path for at, one in enumerate(more)}
     for dotted, name in names.items():
         if name is None:
             continue

@@ -114,14 +114,17 @@ def make_rows(plan: Plan, on_loaded: Any) -> dict[str, Any]:
     """
     from trl import SFTConfig, SFTTrainer
 
-    from launcher.train.data import load_rows, row_numbers
+    from launcher.train.data import load_rows, loss_arguments, row_numbers
     from launcher.train.model import load_tokenizer
+    from launcher.train.tokens import usable_rows
 
     assert plan.worker.dataset is not None  # noqa: S101 - refused before the launch
     arguments = plan.worker.training_arguments
-    rows, held_out = load_rows(plan.worker.dataset, arguments["seed"])
+    usable = usable_rows(plan, load_tokenizer(plan))
+    rows, held_out = load_rows(plan.worker.dataset, arguments["seed"], usable)
     on_loaded()
     known = {**settings_of(plan)["training"], "dataset_num_proc": arguments.get("dataset_num_proc")}
+    known |= loss_arguments(plan, rows.column_names)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=_small_model(),

@@ -27,7 +27,7 @@ from launcher.train.control import (
     StoppedBeforeTraining,
     StopRequest,
 )
-from launcher.train.data import load_rows, row_numbers, split_answer
+from launcher.train.data import load_rows, loss_arguments, row_numbers, split_answer
 from launcher.train.generate import answers
 from launcher.train.health import Health
 from launcher.train.model import (
@@ -43,6 +43,7 @@ from launcher.train.process import rank_of
 from launcher.train.save import save_final
 from launcher.train.shared import check_shared
 from launcher.train.state import check_world, configure_state
+from launcher.train.tokens import usable_rows
 from launcher.train.trainer import CheckedTrainer
 
 MARGIN_SECONDS = 60.0
@@ -77,6 +78,9 @@ def prepare(plan: Plan, run: RunDirectory, stop: StopRequest) -> tuple[Any, Exam
     tokenizer = load_tokenizer(plan)
     with arguments.main_process_first(desc="dataset"):
         rows = _rows(plan, run, arguments.seed)
+    if not rows.prepared:
+        for name, value in loss_arguments(plan, rows.train.column_names).items():
+            setattr(arguments, name, value)
     ranks = Ranks(stop)
     check_shared(run, ranks)
     store = CheckpointStore(plan, run, ranks, Health(plan.worker.health["policy"]))
@@ -106,7 +110,8 @@ def _rows(plan: Plan, run: RunDirectory, seed: int) -> Rows:
     if usable(plan, run):
         return read_rows(run)
     assert plan.worker.dataset is not None  # noqa: S101 - refused before the launch
-    train, held_out = load_rows(plan.worker.dataset, seed)
+    tokenised = usable_rows(plan, load_tokenizer(plan))
+    train, held_out = load_rows(plan.worker.dataset, seed, tokenised)
     return Rows(train, held_out, held_out)
 
 

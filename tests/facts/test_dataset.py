@@ -43,7 +43,7 @@ def _probe(path: str | Path, columns: dict[str, str] | None = None) -> DatasetFa
             3,
         ),
         ({"conversations": _CHAT}, "conversations", True, 5),
-        ({"instruction": "ab", "input": "", "output": "c"}, "alpaca", False, 3),
+        ({"instruction": "ab", "input": "", "output": "c"}, "alpaca", True, 3),
         ({"input_ids": [1, 2, 3], "text": "x"}, "input_ids", False, 12),
     ],
 )

@@ -21,12 +21,15 @@ MODEL, DATA = {"path": "/models/llama"}, {"path": "/data/rows.jsonl"}
 IDENTITY = (
     "batch.global_batch_size",
     "dataset.columns",
+    "dataset.drop_bad",
     "dataset.eval_path",
     "dataset.eval_share",
     "dataset.eval_split",
     "dataset.name",
     "dataset.path",
+    "dataset.sources",
     "dataset.split",
+    "dataset.weight",
     "lora.alpha",
     "lora.dropout",
     "lora.rank",
@@ -88,13 +91,15 @@ def keys(model: type[BaseModel] = Spec, prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", VALUES[get_origin(part) or part]
 
 
-# One name becomes a list of it, so the lists are written out; texts with a form of their own.
+SOURCE = {"name": None, "split": "train", "columns": {}, "weight": None}
+# Written out: one name becomes a list of it, a source is a mapping, some texts have a form.
 KEYS = {
     **dict(keys()),
     "docker.hosts": (["ssh://a"], ["ssh://a", "ssh://b"]),
     "docker.mounts": (["/a"], ["/a", "/b"]),
     "docker.user": ("1000", "1000:1000"),
     "lora.target_modules": (["q_proj"], ["q_proj", "v_proj"]),
+    "dataset.sources": tuple([{**SOURCE, "path": path}] for path in "ab"),
 }
 CONTAINER = {"runtime": "pyxis", "image": "image"}
 
