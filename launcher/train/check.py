@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TextIO
 
 import numpy as np
@@ -20,31 +19,24 @@ import numpy as np
 from launcher.errors import ExitCode, Refusal
 from launcher.facts.shapes import BadRowError
 from launcher.plan.types import Plan, plan_from_json
+from launcher.train.check_findings import few_rows, leaks, odd_rows, odd_turns, tokenizer_notes
+from launcher.train.check_numbers import describe
+from launcher.train.check_rows import Dataset
 from launcher.train.data import hold_out, mix, sources_of, weights_of
 from launcher.train.lengths import (
-    DOUBLE_START,
-    ENDED,
-    ENDED_CUT,
     FAILED,
     FLAGS,
-    LENGTH,
-    TRAINED,
     TRAINED_CUT,
     Cut,
     Measure,
-    Numbers,
     end_tokens,
     measure_all,
 )
-from launcher.train.scan import FIRST, SHOWN, Findings, Part, scan
+from launcher.train.scan import SHOWN, Findings, Part, scan
 from launcher.train.tokens import IGNORED, Tokeniser, Tokens, without_torch
 
-PERCENTILES = (50, 90, 95, 99)
-BARS = 12
 EXAMPLE_TOKENS = 400
-PACKED_AT_ONCE = 1000  # rows that `datasets.map` hands to TRL's packing together
 TELL_SECONDS = 0.25
-ODD = ("empty_turn", "order")
 
 
 class Teller:
@@ -76,38 +68,6 @@ def own_output() -> TextIO:
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return stream
-
-
-@dataclass
-class Dataset:
-    """All rows of a dataset that can be used: sources, numbers, and their order in the run."""
-
-    parts: list[Part]
-    numbers: Numbers
-    """Of the rows of all parts, one after the other."""
-    order: Any
-    """Indices of `numbers`, in the order of the run."""
-
-    def part_of(self, row: int) -> tuple[Part, int]:
-        """Whose row it is, and which of its own."""
-        for part in self.parts:
-            if row < len(part.numbers):
-                return part, row
-            row -= len(part.numbers)
-        raise IndexError(row)
-
-    def place(self, row: int) -> str:
-        """Where a row lies."""
-        part, own = self.part_of(row)
-        return part.place(own)
-
-    def places(self, rows: Any) -> list[str]:
-        """Where the first of some rows lie."""
-        return [self.place(int(row)) for row in rows[:FIRST]]
-
-    def hashes(self) -> Any:
-        """A number for each row's content."""
-        return np.concatenate([np.frombuffer(part.hashes, dtype=np.uint64) for part in self.parts])
 
 
 class Check:
@@ -167,13 +127,18 @@ class Check:
             own = self._measured([held_part], None, self.found_held)
             held = own, own.order
         self.tell("counting")
-        used = self._described(data, train)
-        told = [*self._warnings(data, train, used), *self._tokenizer_notes()]
-        told += self._leaks(data, train, held)
+        used = describe(self.plan, self.cut, data, train)
+        told = [
+            *odd_rows(self.plan, self.cut, data, train),
+            *odd_turns(self.found),
+            *few_rows(self.plan, used["rows"]["used"]),
+            *tokenizer_notes(tokenizer),
+            *leaks(data, train, held),
+        ]
         return {
             **used,
             "loss": self.tokenise.rule(),
-            "held_out": self._described(*held) if held else None,
+            "held_out": describe(self.plan, self.cut, *held) if held else None,
             "findings": told,
             "example": self._example(data, train),
         }
@@ -220,174 +185,6 @@ class Check:
         train, held = hold_out(rows, None, share, self.arguments["seed"])
         return np.array(train["row"][:]), (data, np.array(held["row"][:]))
 
-    # --- numbers ---
-
-    def _described(self, data: Dataset, rows: Any) -> dict[str, Any]:
-        """Counts of some rows of a dataset, with what the run makes of them."""
-        numbers = data.numbers[rows]
-        length, limit = numbers[:, LENGTH].astype(np.int64), self.cut.max_length
-        left = np.minimum(length, limit) if limit else length
-        # TRL drops rows without a label before training, but not where it packs.
-        dropped = (numbers[:, TRAINED_CUT] == 0) & (not self.cut.packs)
-        kept = left[~dropped]
-        total, trained = int(kept.sum()), int(numbers[~dropped, TRAINED_CUT].sum())
-        return {
-            "rows": {
-                "read": sum(len(part.numbers) + part.bad for part in data.parts),
-                "used": len(kept),
-                "without_label": int(dropped.sum()),
-            },
-            "tokens": {
-                "before_truncation": int(length.sum()),
-                "used": total,
-                "trained": trained,
-                "trained_share": _share(trained, total),
-            },
-            "lengths": _lengths(length),
-            "truncation": {
-                "max_length": limit,
-                "rows": int((left < length).sum()),
-                "row_share": _share(int((left < length).sum()), len(length)),
-                "token_share": _share(int((length - left).sum()), int(length.sum())),
-                "end_cut": int(((numbers[:, FLAGS] & (ENDED | ENDED_CUT)) == ENDED).sum()),
-            },
-            "padding": self._padding(kept),
-            "packing": self._packing(length),
-        }
-
-    def _padding(self, lengths: Any) -> dict[str, Any]:
-        """Share of padding in the micro batches of one epoch, in an order drawn by the seed."""
-        micro = self.plan.batch.micro_batch_size
-        found = {"micro_batch_size": micro, "share": 0.0}
-        if not len(lengths) or self.arguments.get("padding_free") or self.cut.packs:
-            return found
-        drawn = np.random.default_rng(self.arguments["seed"]).permutation(lengths)
-        multiple = self.arguments.get("pad_to_multiple_of") or 1
-        cells = 0
-        for start in range(0, len(drawn), micro):
-            batch = drawn[start : start + micro]
-            cells += len(batch) * (-(-int(batch.max()) // multiple) * multiple)
-        return {**found, "share": 1 - _share(int(drawn.sum()), cells)}
-
-    def _packing(self, lengths: Any) -> dict[str, Any] | None:
-        """What TRL's own packing would make of rows of these lengths."""
-        limit = self.cut.max_length
-        if limit is None or not len(lengths):
-            return None
-        strategy = self.arguments.get("packing_strategy") or "bfd"
-        sequences = tokens = 0
-        for start in range(0, len(lengths), PACKED_AT_ONCE):
-            packed = _packed(lengths[start : start + PACKED_AT_ONCE], limit, strategy)
-            sequences += len(packed)
-            tokens += int(packed.sum())
-        return {
-            "planned": self.cut.packs,
-            "strategy": strategy,
-            "sequences": sequences,
-            "utilisation": _share(tokens, sequences * limit),
-        }
-
-    # --- findings ---
-
-    def _warnings(self, data: Dataset, rows: Any, used: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What is odd about rows that can be used; the table of rules."""
-        numbers = data.numbers[rows]
-        flags = numbers[:, FLAGS]
-        cut = numbers[:, TRAINED_CUT] == 0
-        limit = self.cut.max_length
-        batch = self.plan.batch.global_batch_size
-        _, first, counts = np.unique(data.hashes()[rows], return_index=True, return_counts=True)
-        again = (
-            np.setdiff1d(np.arange(len(rows)), first) if counts.max(initial=1) > 1 else first[:0]
-        )
-        ended, kept_end = flags & ENDED > 0, flags & ENDED_CUT > 0
-        repeated = np.isin(np.arange(len(rows)), again)
-        rules: tuple[tuple[str, Any, str, str], ...] = (
-            (
-                "no_label",
-                cut & (numbers[:, TRAINED] > 0),
-                f"no label within {limit} tokens",
-                "raise training.max_length, or shorten their prompts",
-            ),
-            (
-                "nothing_trained",
-                cut & (numbers[:, TRAINED] == 0),
-                "no token to train on",
-                "remove them, or use another loss",
-            ),
-            (
-                "no_end_token",
-                ~ended,
-                "no trained end token at the end: the model may not learn to stop",
-                "use a template whose end-of-turn token is the assistant's",
-            ),
-            (
-                "end_cut",
-                ended & ~kept_end,
-                f"the end token is cut off at {limit} tokens",
-                "raise training.max_length",
-            ),
-            (
-                "double_start",
-                flags & DOUBLE_START > 0,
-                "the start token twice at the beginning",
-                "remove it from the rows or from the template",
-            ),
-            ("duplicate", repeated, "in the data more than once", "remove them, or mean it"),
-        )
-        found = [
-            _finding(code, int(mask.sum()), what, fix, data.places(rows[np.flatnonzero(mask)]))
-            for code, mask, what, fix in rules
-            if mask.any()
-        ]
-        found += self._odd_turns()
-        if used["rows"]["used"] < batch:
-            what = f"fewer than one global batch of {batch}"
-            fix = "use a smaller --global-batch-size: a step repeats rows otherwise"
-            found.append(_finding("small_dataset", used["rows"]["used"], what, fix, []))
-        return found
-
-    def _odd_turns(self) -> list[dict[str, Any]]:
-        words = {
-            "empty_turn": ("a turn without text", "fill it or remove the row"),
-            "order": (
-                "turns in an unusual order: a system prompt first, then user and assistant "
-                "in turns, the assistant last",
-                "correct the roles, or mean it",
-            ),
-        }
-        return [
-            _finding(code, self.found.counts[code], *words[code], self.found.places[code])
-            for code in ODD
-            if code in self.found.counts
-        ]
-
-    def _tokenizer_notes(self) -> list[dict[str, Any]]:
-        """The padding token, where it is the end token as well."""
-        assert self.tokenise is not None  # noqa: S101 - made before any row
-        tokenizer = self.tokenise.tokenizer
-        if tokenizer.pad_token_id != tokenizer.eos_token_id:
-            return []
-        what = (
-            f"padding uses the end token {tokenizer.eos_token}; labels are masked by position, so "
-            "that the end token of a row stays trained"
-        )
-        return [{**_finding("pad_is_end", 0, what, "", []), "level": "note"}]
-
-    def _leaks(
-        self, data: Dataset, rows: Any, held: tuple[Dataset, Any] | None
-    ) -> list[dict[str, Any]]:
-        """Held-out rows that are trained on too."""
-        if held is None:
-            return []
-        other, indices = held
-        mask = np.isin(other.hashes()[indices], data.hashes()[rows])
-        if not mask.any():
-            return []
-        what = "in the held-out data and trained on too: the evaluation flatters"
-        places = other.places(indices[np.flatnonzero(mask)])
-        return [_finding("leak", int(mask.sum()), what, "remove them from one of the two", places)]
-
     # --- one row to look at ---
 
     def _example(self, data: Dataset, rows: Any) -> dict[str, Any] | None:
@@ -410,66 +207,6 @@ class Check:
                 start = at
         place = data.place(int(labelled[0]))
         return {"place": place, "pieces": pieces, "tokens": len(ids), "shown_tokens": shown}
-
-
-def _packed(lengths: Any, limit: int, strategy: str) -> Any:
-    """Tokens of each packed sequence, by TRL 1.16's own functions on rows of these lengths."""
-    import pyarrow as pa
-    from trl import data_utils
-
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    values = pa.nulls(int(offsets[-1]), pa.int8())
-    rows = pa.table({"input_ids": pa.LargeListArray.from_arrays(offsets, values)})
-    if strategy == "wrapped":
-        table = data_utils._pack_wrapped(rows, limit)  # noqa: SLF001 - the public one maps files
-    else:
-        overflow = "split" if strategy == "bfd_split" else "truncate"
-        table = data_utils._pack_bfd(rows, limit, overflow)  # noqa: SLF001
-    return np.diff(table["input_ids"].combine_chunks().offsets.to_numpy())
-
-
-def _lengths(length: Any) -> dict[str, Any]:
-    """Mean, percentiles and a histogram with edges at round numbers."""
-    if not len(length):
-        return {"mean": 0.0, "min": 0, "max": 0, "histogram": []}
-    top = int(length.max())
-    step = _round_up(max(1, -(-top // BARS)))
-    counts = np.bincount((length - (length > 0)) // step, minlength=1)
-    return {
-        "mean": round(float(length.mean()), 2),
-        "min": int(length.min()),
-        "max": top,
-        **{f"p{at}": int(np.percentile(length, at)) for at in PERCENTILES},
-        "histogram": [
-            {"from": at * step + 1, "to": (at + 1) * step, "rows": int(count)}
-            for at, count in enumerate(counts)
-        ],
-    }
-
-
-def _round_up(number: int) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
-    size = 1
-    while True:
-        for factor in (1, 2, 5):
-            if size * factor >= number:
-                return size * factor
-        size *= 10
-
-
-def _share(part: int, whole: int) -> float:
-    return round(part / whole, 6) if whole else 0.0
-
-
-def _finding(code: str, rows: int, what: str, fix: str, places: list[str]) -> dict[str, Any]:
-    return {
-        "code": code,
-        "level": "warning",
-        "rows": rows,
-        "message": what,
-        "fix": fix,
-        "places": places,
-    }
 
 
 def _error(error: Exception) -> dict[str, Any]:
