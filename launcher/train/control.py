@@ -249,7 +249,8 @@ class Heartbeat:
         now = time.monotonic()
         if not self.armed or (now < self._next and not at_least_seconds):
             return
-        self._next = now + self._interval
+        # After what may take longer, the next sign of life sets the usual limit again at once.
+        self._next = now if at_least_seconds else now + self._interval
         limit = max(self.limit_seconds, at_least_seconds)
         faulthandler.dump_traceback_later(limit, exit=True)
 
