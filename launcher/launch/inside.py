@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> int:
     plan = dataclasses.replace(plan, command=argv)
     processors = len(os.sched_getaffinity(0))
     environment = launch_environment(plan.topology, processors, plan.worker.limits["max_restarts"])
-    code, failure = launch(plan, run, environment, Speaker(run).poll)
+    speaker = Speaker(run)
+    code, failure = launch(plan, run, environment, speaker.poll)
+    speaker.close()
     if failure is not None:
         sys.stderr.write(f"error: {failure.error}\n")
     return code
@@ -52,7 +54,15 @@ class Speaker:
         if time.monotonic() < self.next:
             return
         self.next = time.monotonic() + SAY_SECONDS
-        text = progress_text(self.run.read_status(), self.run.read_metrics())
+        self._say(progress_text(self.run.read_status(), self.run.read_metrics()))
+
+    def close(self) -> None:
+        """Say how the run ended, however short it was."""
+        status = self.run.read_status()
+        total = f"/{status['max_steps']}" if status.get("max_steps") else ""
+        self._say(f"{status.get('state')} at step {status.get('step') or 0}{total}")
+
+    def _say(self, text: str) -> None:
         if text != self.said:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()

@@ -99,6 +99,7 @@ def _first(node: Node, plan: Plan, run: RunDirectory) -> int:
 
     argv = torchrun_of(node, plan, run, attempt)
     code, failure = launch(plan, run, environment_of(node, plan), look, argv)
+    speaker.close()
     if failure is not None:
         sys.stderr.write(f"error: {failure.error}\n")
     return code
