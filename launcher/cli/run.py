@@ -6,9 +6,10 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,13 +29,6 @@ from launcher.cli.going_on import (
     with_measured_save,
     with_source_of,
 )
-from launcher.cli.on_docker import (
-    checked,
-    container_caller,
-    refuse_in_container,
-    run_and_follow,
-)
-from launcher.cli.on_hosts import with_nodes_of_hosts
 from launcher.cli.on_slurm import origin, queue_and_follow, refuse_queued
 from launcher.cli.options import Request, load_request, make_request, plan_options
 from launcher.cli.refusals import no_rows, unwritable
@@ -45,8 +39,6 @@ from launcher.facts.probe import Facts, probe
 from launcher.insight.find import find_sweep
 from launcher.plan.make import Planned, make_plan
 from launcher.plan.types import Plan
-from launcher.render.docker import Caller
-from launcher.render.docker_nodes import Nodes, carried_files, first_script
 from launcher.render.files import run_files, with_files
 from launcher.render.slurm import SCRIPT, Origin
 from launcher.render.text import plan_lines
@@ -54,6 +46,11 @@ from launcher.runs.checkpoints import Checkpoint, remove_unsealed
 from launcher.runs.directory import RunDirectory
 from launcher.runs.prepared import only_prepared
 from launcher.spec.load import Override
+
+# Docker's modules are imported where a run goes there: the others start without them.
+if TYPE_CHECKING:
+    from launcher.render.docker import Caller
+    from launcher.render.docker_nodes import Nodes
 
 
 @dataclass(frozen=True)
@@ -195,6 +192,8 @@ def _check_ready(decided: Decided, run: RunDirectory) -> Decided:
 
         check(decided.plan, decided.planned.spec.slurm)
     elif decided.docker is not None:
+        from launcher.cli.on_docker import checked
+
         target = checked(decided.docker, decided.planned, run)
         decided = _rendered(dataclasses.replace(decided, docker=target), decided.planned)
     else:
@@ -211,6 +210,8 @@ def _launch(
         slurm = decided.planned.spec.slurm
         return queue_and_follow(run, slurm, decided.output, before, request)
     if decided.docker is not None:
+        from launcher.cli.on_docker import run_and_follow
+
         return run_and_follow(
             decided.plan,
             run,
@@ -233,6 +234,8 @@ def _go_on(decided: Decided, request: Request, run: RunDirectory) -> Decided:
     """
     refuse_running(run)
     refuse_queued(run)
+    from launcher.cli.on_docker import refuse_in_container
+
     refuse_in_container(run)
     if "batch.global_batch_size" in decided.plan.defaults:
         decided = decide(keep_global_batch(request, run))
@@ -272,7 +275,11 @@ def decide(request: Request) -> Decided:
         Refusal: as the plan says.
     """
     loaded, recipe = load_request(request)
-    spec = with_nodes_of_hosts(loaded.spec) if request.target == "docker" else loaded.spec
+    spec = loaded.spec
+    if request.target == "docker":
+        from launcher.cli.on_hosts import with_nodes_of_hosts
+
+        spec = with_nodes_of_hosts(spec)
     facts = probe(spec)
     planned = make_plan(spec, facts)
     output = planned.spec.output or "runs/run"
@@ -280,7 +287,11 @@ def decide(request: Request) -> Decided:
         output = free_name(output)
     path = os.path.abspath(output)  # noqa: PTH100 - keeps links
     slurm = origin() if request.target == "slurm" else None
-    docker = container_caller(planned, path) if request.target == "docker" else None
+    docker = None
+    if request.target == "docker":
+        from launcher.cli.on_docker import container_caller
+
+        docker = container_caller(planned, path)
     full = with_files(planned, path, facts.cpu_count, slurm or docker)
     return Decided(planned, full, facts, output, recipe, slurm, docker)
 
@@ -302,10 +313,18 @@ def show(
         width=shutil.get_terminal_size((100, 24)).columns,
     )
     show_lines(decided.recipe, lines, to_stderr=to_stderr)
-    for name in (SCRIPT, first_script(decided.plan.files)) if script else ():
-        if name in decided.plan.files:
-            click.echo(f"\n{decided.plan.files[name]}", nl=False)
-    carried = carried_files(decided.plan.files) if script else ()
+    if script:
+        _show_scripts(decided.plan.files)
+
+
+def _show_scripts(files: Mapping[str, str]) -> None:
+    """What starts the job or the containers, and the names of what is carried by hand."""
+    from launcher.render.docker_nodes import carried_files, first_script
+
+    for name in (SCRIPT, first_script(files)):
+        if name in files:
+            click.echo(f"\n{files[name]}", nl=False)
+    carried = carried_files(files)
     if carried:
         click.echo(f"\nUnder files of --json, for machines without ssh: {', '.join(carried)}")
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,8 +15,6 @@ from launcher import __version__
 from launcher.plan.engine import RUN_DIRECTORY
 from launcher.plan.make import Planned, spec_as_mapping
 from launcher.plan.types import Plan
-from launcher.render.docker import Caller
-from launcher.render.docker_nodes import Nodes, docker_files
 from launcher.render.slurm import (
     PREPARE_SCRIPT,
     SCRIPT,
@@ -27,6 +25,10 @@ from launcher.render.slurm import (
 from launcher.render.torchrun import command_script, launch_environment, torchrun_argv
 from launcher.spec.document import FLOAT
 from launcher.spec.schema import Spec
+
+if TYPE_CHECKING:
+    from launcher.render.docker import Caller
+    from launcher.render.docker_nodes import Nodes
 
 
 class _Dumper(yaml.SafeDumper):
@@ -77,7 +79,9 @@ def with_files(
         files[SCRIPT] = job_script(plan, planned.spec, run_directory, target)
         if planned.spec.slurm.prepare == "job":
             files[PREPARE_SCRIPT] = prepare_script(plan, planned.spec, run_directory, target)
-    elif isinstance(target, Caller | Nodes):
+    elif target is not None:
+        from launcher.render.docker_nodes import docker_files  # noqa: PLC0415 - for Docker only
+
         argv, more = docker_files(plan, planned.spec, run_directory, target, files)
         files |= more
     elif script:
